@@ -1,0 +1,282 @@
+"""What the user wrote: frozen dataclasses, read from YAML and ``--set a.b=c``. What it *means* is in plan.py.
+
+Precedence: dataclass defaults <- ``base:`` file (one level) <- ``--config`` file <- ``--set``. An unknown key is an
+error that names the nearest one. Nothing here is mutated or derived, and every key is documented on its own line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-shaped GPT: a preset by name, and any size of it overridden."""
+
+    preset: str = "tinyllama_1M"  # a name in model.PRESETS: tinyllama_1M, tinyllama_60M, tinyllama_1_1b, ...
+    num_layers: int | None = None  # transformer blocks; null: the preset's
+    hidden_size: int | None = None  # width of the residual stream; null: the preset's
+    num_heads: int | None = None  # query heads; null: the preset's
+    num_kv_heads: int | None = None  # key/value heads, fewer than num_heads for GQA; null: the preset's
+    ffn_hidden_size: int | None = None  # width of the SwiGLU; null: the preset's
+    vocab_size: int | None = None  # token ids; null: what the shards' sidecar says
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # RMSNorm epsilon, inside the square root
+    tie_embeddings: bool = False  # share the input embedding with the output head
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and how long a sample is."""
+
+    data_dir: str | None = None  # folder of the shards; null: what mixture.yaml says
+    seq_length: int = 2048  # tokens a sample predicts
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batch sizes in sequences; gradient accumulation is derived from them."""
+
+    global_batch_size: int = 512  # sequences an optimizer step sees over all ranks
+    micro_batch_size: int = 16  # sequences in one forward pass of one rank
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The budget in tokens and the learning rate's shape."""
+
+    total_tokens: int = 1_000_000_000  # training tokens; steps are derived, rounded up
+    warmup_steps: int = 100  # linear warm-up from 0, in optimizer steps
+    decay: Literal["constant", "cosine", "linear", "wsd"] = "cosine"  # shape after the warm-up; wsd: hold, then linear
+    min_lr: float = 1e-5  # learning rate at the last step (not used by constant)
+    decay_fraction: float = 0.2  # wsd only: share of the steps spent decaying
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and clipping."""
+
+    lr: float = 4e-4  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's moment decay rates
+    eps: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.1  # on matrices only; norms are never decayed
+    clip_grad: float = 1.0  # global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work; the data-parallel size is what is left."""
+
+    zero_stage: int = 0  # 0: every rank keeps the optimizer state; 1: ranks shard it
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Per-domain loss on fixed held-out sets, the same for every run."""
+
+    every: int = 0  # optimizer steps between evaluations; 0: only after the last step
+    max_tokens: int = 1_000_000  # tokens a validation domain contributes, from its start
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and where to resume from."""
+
+    every: int = 0  # optimizer steps between checkpoints; 0: save nothing
+    keep: int = 2  # complete checkpoints kept, newest first
+    resume: str = "auto"  # auto: newest complete one in out_dir | never | a step_* folder
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """metrics.jsonl is always written; the rest mirrors it."""
+
+    every: int = 10  # optimizer steps between log lines
+    tensorboard: bool = False  # also write TensorBoard events under out_dir/tensorboard
+    console: bool = True  # print the table of the plan and one line a log step (rank 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. ``python launch/pretrain.py --print-config`` prints it with every default."""
+
+    name: str = "run"  # names the run in logs and in its folder
+    out_dir: str = "runs/{name}"  # run folder; {name} is replaced
+    seed: int = 1234  # initialisation and data order are functions of it
+    mixture: str | None = None  # mixture.yaml, RegMix's format or ours; the same as --mixture
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed when its launcher started us
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute type; auto: bf16 on GPU, fp32 on CPU
+    compile: bool = False  # torch.compile the model; falls back with one warning
+    threads: int = 0  # CPU threads of one rank; 0: what torch chooses
+    model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the model
+    data: DataConfig = field(default_factory=DataConfig)  # shards and sample length
+    batch: BatchConfig = field(default_factory=BatchConfig)  # sequences a step
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # budget and learning-rate shape
+    optim: OptimConfig = field(default_factory=OptimConfig)  # AdamW
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # ranks
+    eval: EvalConfig = field(default_factory=EvalConfig)  # held-out losses
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # saving and resuming
+    log: LogConfig = field(default_factory=LogConfig)  # what is printed and mirrored
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys; those we own are an error
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, with ``{name}`` filled in."""
+        return Path(self.out_dir.replace("{name}", self.name))
+
+
+def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Reads a dataclass tree from YAML and ``a.b=c`` overrides; ``path=None`` starts from the defaults.
+
+    Raises ValueError naming the file or override, the key, the value and the nearest known key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read_yaml(Path(path))
+        base = data.pop("base", None)
+        if base is not None:
+            data = _merge(_read_yaml(Path(path).parent / base), data)
+    config = parse(cls, data, where=str(path) if path is not None else "defaults")
+    for text in overrides:
+        config = _override(config, text)
+    return config
+
+
+def parse(cls: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:
+    """A dict to a dataclass, strictly: unknown keys and wrong types are a ValueError that says where."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {prefix + str(key)!r}.{nearest(str(key), hints)}")
+    values = {k: _convert(hints[k], v, where, prefix + k) for k, v in data.items()}
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass tree as plain YAML and JSON types; ``parse(cls, to_dict(c))`` gives c back."""
+    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def dump(config: Any) -> str:
+    """The config as YAML text, every key written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(config: Any) -> str:
+    """16 hex digits that change when any value of the config does."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines ``a.b: old -> new`` for every key in which two config dicts differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += diff(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def nearest(key: str, known: typing.Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` with the nearest known key, or the list of known keys."""
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such config file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if data is not None and not isinstance(data, dict):
+        raise ValueError(f"{path}: the top level must be a mapping of keys, got {type(data).__name__}")
+    return data or {}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _override(config: T, text: str) -> T:
+    """Applies one ``a.b=c``; the value is YAML."""
+    path, sep, raw = text.partition("=")
+    if not sep:
+        raise ValueError(f"--set {text}: write it as key=value, e.g. --set optim.lr=3e-4")
+    try:
+        value: Any = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text}: the value is not valid YAML: {error}") from None
+    for key in reversed(path.strip().replace("-", "_").split(".")):
+        value = {key: value}
+    return parse(type(config), _merge(to_dict(config), value), where=f"--set {text}")
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    """Checks and converts one YAML value to its annotated type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where, key)
+    if dataclasses.is_dataclass(hint):
+        return parse(cast(type, hint), value, where, key + ".")
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where}: {key} must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        return _convert_sequence(args, value, where, key)
+    if origin is dict:
+        if isinstance(value, dict):
+            return {
+                str(k): v if args[1] is Any else _convert(args[1], v, where, f"{key}.{k}") for k, v in value.items()
+            }
+        raise ValueError(f"{where}: {key} must be a mapping, got {value!r}")
+    return _convert_scalar(hint, value, where, key)
+
+
+def _convert_sequence(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
+    open_ended = len(args) == 2 and args[1] is Ellipsis
+    if not isinstance(value, list | tuple) or (not open_ended and len(value) != len(args)):
+        raise ValueError(f"{where}: {key} must be a list{'' if open_ended else f' of {len(args)}'}, got {value!r}")
+    kinds = [args[0]] * len(value) if open_ended else list(args)
+    return tuple(_convert(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _convert_scalar(hint: Any, value: Any, where: str, key: str) -> Any:
+    if hint is Any or (hint is bool and isinstance(value, bool)) or (hint is str and isinstance(value, str)):
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e9 as text: accept it as the number it is
+        except (TypeError, ValueError):
+            number = float("nan")
+        if hint is float and number == number:
+            return number
+        if hint is int and number == number and abs(number) != float("inf") and number == int(number):
+            return value if isinstance(value, int) else int(number)
+    raise ValueError(f"{where}: {key} must be {getattr(hint, '__name__', hint)}, got {value!r}")
