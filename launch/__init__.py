@@ -1,0 +1,1 @@
+"""Entry points: train, and what starts it on one or many nodes."""

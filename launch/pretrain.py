@@ -1,0 +1,104 @@
+"""Pre-trains one GPT on one mixture.
+
+    python launch/pretrain.py --config configs/pretrain.yaml --mixture mixture.yaml
+    torchrun --nproc-per-node 8 launch/pretrain.py --config configs/pretrain.yaml --mixture mixture.yaml
+    deepspeed launch/pretrain.py --config configs/pretrain.yaml --mixture mixture.yaml
+
+Exit codes: 0 done, 2 a mistake in settings or data, 5 non-finite gradients, 75 saved after SIGTERM (run it again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # so that `python launch/pretrain.py` works from a clone without installing
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_lite.config import Config, dump, load_config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; everything else is in the config."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
+    parser.add_argument("--mixture", help="mixture.yaml, in our format or RegMix's")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
+    parser.add_argument("--resume", help="auto (newest complete checkpoint), never, or a step_* folder")
+    parser.add_argument(
+        "--engine", choices=("auto", "torch", "deepspeed"), help="default: deepspeed under its launcher"
+    )
+    parser.add_argument("--name", help="name of the run; out_dir defaults to runs/NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with the expected time, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML, and stop")
+    # DeepSpeed's launcher appends it; ranks are read from the environment, as under torchrun
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """--config, then --set, then the flags that are short for a key."""
+    flags = {"mixture": args.mixture, "checkpoint.resume": args.resume, "engine": args.engine, "name": args.name}
+    overrides = args.set + [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return load_config(Config, args.config, overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        config = read_config(args)
+        if args.print_config:
+            print(dump(config), end="")
+            return 0
+        return dry_run(config) if args.dry_run else pretrain(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 5
+
+
+def pretrain(config: Config) -> int:
+    """Trains to the end and prints the held-out losses on rank 0."""
+    from megatron_lite.mesh import Mesh
+    from megatron_lite.train import train
+
+    mesh = Mesh.from_env()
+    try:
+        result = train(config)
+    finally:
+        mesh.close()
+    if mesh.is_main:
+        print(f"done: {result.tokens:,} tokens in {result.seconds:.1f} s, {result.run_dir}/result.json")
+        for name, loss in result.losses.items():
+            bpb = f", {result.bpb[name]:.4f} bits/byte" if name in result.bpb else ""
+            print(f"  valid {name:<16} {loss:.4f} nats/token{bpb}")
+    return 0
+
+
+def dry_run(config: Config) -> int:
+    """Prints what the run would do: every derived number, tokens and epochs by domain, FLOPs, the expected time."""
+    from megatron_lite.mesh import Mesh
+    from megatron_lite.speed import measure_speed
+    from megatron_lite.train import load_mixture, resolve
+
+    mixture, mesh = load_mixture(config), Mesh.from_env()
+    loader, plan = resolve(config, mixture, mesh)
+    speed = measure_speed(config, plan, mesh)
+    if mesh.is_main:
+        print(
+            f"{config.name}: dry run\n{plan.table(speed.tokens_per_s, speed.source)}\n  {'domain':<16}  weight  epochs"
+        )
+        epochs = loader.epochs(plan.total_steps * config.batch.global_batch_size)
+        for name, weight in zip(mixture.names, mixture.weights, strict=True):
+            print(f"  {name:<16} {weight:7.4f} {epochs[name]:7.2f}")
+    mesh.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Checkpoints: safetensors and JSON, one folder a step, complete or absent.
+
+    step_0000100/model.safetensors   parameters by name
+                 optim.safetensors   exp_avg/<name>, exp_avg_sq/<name>
+                 state.json          step, consumed samples, config, mixture, data fingerprint
+                 COMPLETE            sizes and sha256 of the three files above, written last
+
+A folder is written under a temporary name and renamed, so a crash leaves the old state or the new one, never a mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_lite.files import atomic_write_json, sync
+
+FILES = ("model.safetensors", "optim.safetensors", "state.json")
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """The folder of one step's checkpoint."""
+    return run_dir / f"step_{step:07d}"
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, model: Mapping[str, Tensor], optim: Mapping[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
+    """Writes one checkpoint and then deletes all but the ``keep`` newest complete ones."""
+    final = step_folder(run_dir, step)
+    temp = run_dir / f".{final.name}.tmp"
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    save_file(_storable(model), temp / "model.safetensors")
+    save_file(_storable(optim), temp / "optim.safetensors")
+    atomic_write_json(temp / "state.json", {"step": step, **state})
+    for name in FILES:
+        sync(temp / name)
+    atomic_write_json(temp / "COMPLETE", {name: _digest(temp / name) for name in FILES})
+    shutil.rmtree(final, ignore_errors=True)
+    temp.rename(final)
+    sync(run_dir)
+    for old in complete_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Every folder with a COMPLETE file, oldest step first. File times and pointer files are never asked."""
+    return sorted(path.parent for path in run_dir.glob("step_*/COMPLETE"))
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """``never`` -> None; ``auto`` -> the newest complete checkpoint that verifies, or None; a path -> that folder."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        verify(Path(resume))
+        return Path(resume)
+    for path in reversed(complete_checkpoints(run_dir)):
+        try:
+            verify(path)
+            return path
+        except ValueError as error:
+            print(f"resume auto: skipping {error}", flush=True)
+    return None
+
+
+def verify(path: Path) -> None:
+    """Raises ValueError listing every file of a checkpoint that is missing, truncated or altered."""
+    if not (path / "COMPLETE").is_file():
+        raise ValueError(f"{path}: not a complete checkpoint (no COMPLETE file in it)")
+    expected = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))
+    wrong = []
+    for name in FILES:
+        if not (path / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif _digest(path / name) != expected.get(name):
+            wrong.append(f"{name} does not match its checksum")
+    if wrong:
+        raise ValueError(f"{path}: damaged checkpoint: {'; '.join(wrong)}")
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def load_tensors(path: Path, name: str, want: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Tensors of ``name`` (model.safetensors or optim.safetensors); ValueError when names or shapes differ."""
+    tensors = load_file(path / name)
+    problems = [f"{k} is missing" for k in want if k not in tensors]
+    problems += [f"{k} is not in the model" for k in tensors if k not in want]
+    problems += [
+        f"{k} is {tuple(v.shape)}, the model has {tuple(want[k])}"
+        for k, v in tensors.items()
+        if k in want and v.shape != want[k]
+    ]
+    if problems:
+        raise ValueError(f"{path / name}: does not fit this model: {'; '.join(problems[:5])}")
+    return tensors
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

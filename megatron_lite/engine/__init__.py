@@ -1,0 +1,61 @@
+"""The engine owns gradients: precision, accumulation, reduction, clipping, optimizer state. The loop owns time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.config import Config
+from megatron_lite.data.loader import Batch
+from megatron_lite.mesh import Mesh
+from megatron_lite.model import GPT
+from megatron_lite.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did: the global gradient norm before clipping, and whether the update was left out."""
+
+    grad_norm: float
+    skipped: bool = False
+
+
+class Engine(Protocol):
+    """The seam between the loop and what moves gradients."""
+
+    module: GPT  # plain parameters by their own names, for weights at rest
+    forward: nn.Module  # what evaluation calls: (tokens, labels) -> per-token losses
+    autocast: torch.autocast  # the compute type
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
+        """Accumulates gradients of sum(loss * mask) / num_loss_tokens (the global count); returns the local sum."""
+
+    def step(self, lr: float) -> StepStats:
+        """Clips, updates at ``lr`` and zeroes gradients; an update with a non-finite norm is left out."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Optimizer state as logical tensors: step, exp_avg/<param>, exp_avg_sq/<param>; every rank must call."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what state_dict gave, from any engine and any rank count."""
+
+
+def build_engine(config: Config, plan: Plan, mesh: Mesh) -> Engine:
+    """The engine that the plan names, with a freshly initialised model on this rank's device."""
+    if plan.engine == "deepspeed":
+        from megatron_lite.engine.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, plan, mesh)
+    from megatron_lite.engine.torch_engine import TorchEngine
+
+    return TorchEngine(config, plan, mesh)
+
+
+def optim_names(module: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of the logical optimizer state of a model under AdamW."""
+    shapes = {f"{moment}/{n}": p.shape for moment in ("exp_avg", "exp_avg_sq") for n, p in module.named_parameters()}
+    return {"step": torch.Size([]), **shapes}

@@ -1,0 +1,115 @@
+"""One process, or DDP: PyTorch alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron_lite.config import Config
+from megatron_lite.data.loader import Batch
+from megatron_lite.engine import StepStats
+from megatron_lite.mesh import Mesh
+from megatron_lite.model import GPT
+from megatron_lite.optim import build_optimizer
+from megatron_lite.plan import Plan
+
+
+class TorchEngine:
+    """fp32 parameters and moments, autocast compute, fused AdamW, gradients averaged by DDP."""
+
+    def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
+        self.mesh, self.clip_grad = mesh, config.optim.clip_grad
+        self.module = GPT(plan.shape, config.seed).to(mesh.device)
+        self.forward: nn.Module = compiled(self.module) if config.compile else self.module
+        self.ddp: nn.Module = self.forward
+        if mesh.size > 1:
+            self.ddp = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
+        self.optimizer = build_optimizer(self.module, config.optim)
+        self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
+        """DDP averages over ranks, hence the factor ``size``: what is left is the sum over the global count."""
+        total = torch.zeros((), device=self.mesh.device)
+        for i, batch in enumerate(micro_batches):
+            with self._no_sync(last=i == len(micro_batches) - 1):
+                loss = summed_loss(self.ddp, batch, self.mesh.device, self.autocast)
+                (loss * (self.mesh.size / num_loss_tokens)).backward()
+            total += loss.detach()
+        return total
+
+    def step(self, lr: float) -> StepStats:
+        """See Engine.step. The norm is the same on every rank, so all of them skip or none."""
+        limit = self.clip_grad if self.clip_grad > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit).item()
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepStats(norm, skipped)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See Engine.state_dict."""
+        return moments(self.module, self.optimizer)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See Engine.load_state_dict."""
+        set_moments(self.module, self.optimizer, state)
+
+    def _no_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if last or self.mesh.size == 1:
+            return contextlib.nullcontext()
+        return cast(DistributedDataParallel, self.ddp).no_sync()  # ranks reduce once a step, in the last micro-batch
+
+
+def summed_loss(model: nn.Module, batch: Batch, device: torch.device, autocast: torch.autocast) -> Tensor:
+    """sum(loss * mask) of one micro-batch in nats, fp32, with its graph."""
+    tokens_BT, labels_BT, mask_BT = (
+        x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
+    )
+    with autocast:
+        losses_BT = model(tokens_BT, labels_BT)
+    return (losses_BT * mask_BT).sum()
+
+
+def moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name; zeros before the first step."""
+    out = {"step": torch.zeros(())}
+    for name, param in module.named_parameters():
+        state = optimizer.state.get(param, {})
+        for moment in ("exp_avg", "exp_avg_sq"):
+            out[f"{moment}/{name}"] = state.get(moment, torch.zeros_like(param))
+        out["step"] = torch.as_tensor(state.get("step", 0.0)).detach().float().cpu().reshape(())
+    return out
+
+
+def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Puts ``moments`` back, on the parameters' device."""
+    for name, param in module.named_parameters():
+        # fused AdamW keeps its step count beside the parameter
+        restored = {"step": state["step"].clone().to(param.device)}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            restored[moment] = state[f"{moment}/{name}"].clone().to(param.device)
+        optimizer.state[param] = restored
+
+
+def compiled(module: GPT) -> nn.Module:
+    """torch.compile with static shapes; where that does not work, the module itself and one warning."""
+    try:
+        fast = cast(nn.Module, torch.compile(module, dynamic=False))
+        tokens = torch.zeros(1, 8, dtype=torch.long, device=next(module.parameters()).device)
+        with torch.no_grad():
+            fast(tokens, tokens)
+        return fast
+    except Exception as error:
+        # the compiler can fail in many ways, and none is a reason not to train
+        warnings.warn(f"compile=true does not work here ({type(error).__name__}); training without it")
+        return module

@@ -1,0 +1,57 @@
+"""Per-domain loss and bits per byte on fixed held-out sets, the same for every run and every rank count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_lite.data.loader import EvalSet
+from megatron_lite.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One domain: mean loss in nats a token, bits a byte (None without a sidecar), tokens scored."""
+
+    loss: float
+    bpb: float | None
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, sets: Sequence[EvalSet], mesh: Mesh, autocast: torch.autocast) -> dict[str, EvalResult]:
+    """Scores every set: ranks take the batches in turn and add up float64 sums.
+
+    ``model(tokens, labels)`` returns per-token losses [B, T]. Returns set name -> EvalResult.
+    """
+    was_training = model.training
+    model.eval()
+    results = {s.name: _evaluate_one(model, s, mesh, autocast) for s in sets}
+    model.train(was_training)
+    return results
+
+
+def flatten(results: dict[str, EvalResult]) -> dict[str, float]:
+    """Results under the metric names valid/<domain>/loss and valid/<domain>/bpb."""
+    flat = {f"valid/{name}/loss": r.loss for name, r in results.items()}
+    return flat | {f"valid/{name}/bpb": r.bpb for name, r in results.items() if r.bpb is not None}
+
+
+def _evaluate_one(model: nn.Module, eval_set: EvalSet, mesh: Mesh, autocast: torch.autocast) -> EvalResult:
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    for i, batch in enumerate(eval_set):
+        if i % mesh.size != mesh.rank:
+            continue
+        with autocast:
+            losses_BT = model(batch.tokens_BT.to(mesh.device), batch.labels_BT.to(mesh.device))
+        mask_BT = batch.loss_mask_BT.double()
+        sums += torch.stack(((losses_BT.double().cpu() * mask_BT).sum(), mask_BT.sum()))
+    nats, tokens = mesh.sum(sums.to(mesh.device)).tolist()
+    loss = nats / tokens
+    bytes_per_token = eval_set.bytes_per_token
+    bpb = loss / math.log(2) / bytes_per_token if bytes_per_token else None
+    return EvalResult(loss, bpb, int(tokens))

@@ -1,0 +1,43 @@
+"""AdamW, its parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from megatron_lite.config import OptimConfig, ScheduleConfig
+
+
+def learning_rate(step: int, total_steps: int, lr: float, schedule: ScheduleConfig) -> float:
+    """Learning rate of the update number ``step`` (0-based). Warm-up ends, and the decay ends, exactly on time.
+
+    Linear from lr/warmup_steps; then constant, cosine or linear to min_lr at the last step, or wsd: hold at lr and
+    fall linearly to min_lr over the last ``decay_fraction`` of the steps (Hu et al. 2024, MiniCPM).
+    """
+    if step < schedule.warmup_steps:
+        return lr * (step + 1) / schedule.warmup_steps
+    if schedule.decay == "constant":
+        return lr
+    start = schedule.warmup_steps
+    if schedule.decay == "wsd":
+        start = max(start, total_steps - round(schedule.decay_fraction * total_steps))
+    progress = min(1.0, max(0.0, (step + 1 - start) / max(1, total_steps - start)))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.decay == "cosine" else 1 - progress
+    return schedule.min_lr + (lr - schedule.min_lr) * share
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices (the embedding included, as in TinyLlama) decay, norms do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over ``param_groups``: one kernel for the whole step, on CPU and on GPU."""
+    groups = param_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,0 +1,283 @@
+"""One training run: build, resume, THE loop, evaluate, save. A proxy and the 1B model go through the same lines."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite import checkpoint
+from megatron_lite.config import Config, config_hash, diff, dump, to_dict
+from megatron_lite.data.loader import BlendedLoader, EvalSet
+from megatron_lite.data.mixture import Mixture
+from megatron_lite.engine import Engine, build_engine, optim_names
+from megatron_lite.evaluate import EvalResult, evaluate, flatten
+from megatron_lite.files import atomic_write, atomic_write_json, folder_lock
+from megatron_lite.mesh import Mesh
+from megatron_lite.metrics import Metrics
+from megatron_lite.optim import learning_rate
+from megatron_lite.plan import Plan, peak_flops
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
+# A resumed run may differ in these; in anything else it would be another run.
+MAY_CHANGE = {"name", "out_dir", "mixture", "engine", "compile", "threads", "eval", "checkpoint", "log", "parallel"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run gives: held-out losses and the cost (result.json)."""
+
+    losses: dict[str, float]  # domain -> nats a token
+    bpb: dict[str, float]  # domain -> bits a byte, where the sidecar knows bytes
+    tokens: int
+    steps: int
+    seconds: float  # this process's own time in the loop, evaluation included
+    tokens_per_s: float
+    run_dir: str
+    run_hash: str  # of config, mixture and data: a finished run is not repeated when it is the same
+
+
+class Preempted(SystemExit):
+    """SIGTERM came: the step was finished and saved. Its exit code tells the launcher to requeue."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(EXIT_PREEMPTED)
+        self.step = step
+
+
+@dataclass
+class Run:
+    """Everything the loop touches, built once."""
+
+    config: Config
+    mixture: Mixture
+    plan: Plan
+    mesh: Mesh
+    loader: BlendedLoader
+    eval_sets: list[EvalSet]
+    engine: Engine
+    metrics: Metrics | None  # rank 0 only
+    step: int = 0  # optimizer steps completed; consumed samples follow from it
+
+
+def train(config: Config, mixture: Mixture | None = None) -> RunResult:
+    """Trains one model on one mixture and evaluates it; resumes by itself where ``checkpoint.resume`` says so.
+
+    ``mixture=None`` reads ``config.mixture``. Raises ValueError for the user's mistakes, FloatingPointError naming
+    the step for a non-finite gradient (nothing is updated or saved then), Preempted after SIGTERM.
+    """
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    mixture = mixture or load_mixture(config)
+    mesh = Mesh.from_env()
+    with folder_lock(config.run_dir) if mesh.is_main else contextlib.nullcontext():
+        loader, plan = resolve(config, mixture, mesh)
+        run_hash = config_hash({"config": identity(to_dict(config)), "data": loader.fingerprint()})
+        done = finished(config, run_hash)
+        if mesh.from_main(int(done is not None)):
+            assert done is not None
+            return done
+        run = build(config, mixture, mesh, loader, plan)
+        start = time.perf_counter()
+        with stop_signal() as stop:
+            results = loop(run, stop)
+        result = collect(run, results, time.perf_counter() - start, run_hash)
+        if mesh.is_main:
+            atomic_write_json(config.run_dir / "result.json", dataclasses.asdict(result))
+    return result
+
+
+def load_mixture(config: Config) -> Mixture:
+    """The mixture that the config names."""
+    if config.mixture is None:
+        raise ValueError("no mixture: pass --mixture FILE, or set mixture: in the config")
+    return Mixture.load(config.mixture, config.data.data_dir)
+
+
+def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader, Plan]:
+    """Opens the shards and works out the plan; every cross-check of config, data and launch happens here."""
+    loader = BlendedLoader(
+        mixture,
+        seq_length=config.data.seq_length,
+        seed=config.seed,
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        dp_rank=mesh.rank,
+        dp_size=mesh.size,
+    )
+    vocab_size = loader.meta.vocab_size if loader.meta else None
+    deepspeed = "CROSS_RANK" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
+    plan = Plan.resolve(config, mesh.size, vocab_size, mesh.device.type == "cuda", deepspeed)
+    loader.check_epochs(plan.total_steps * config.batch.global_batch_size)
+    return loader, plan
+
+
+def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, plan: Plan) -> Run:
+    """Model, optimizer, evaluation sets; the newest checkpoint loaded; the run folder begun."""
+    sets = [
+        EvalSet(name, prefixes, config.data.seq_length, config.eval.max_tokens, config.batch.micro_batch_size)
+        for name, prefixes in mixture.valid.items()
+    ]
+    run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), None)
+    load(run)
+    if mesh.is_main:
+        run_dir, log = config.run_dir, config.log
+        run.metrics = Metrics(run_dir, plan.total_steps, log.tensorboard, log.console, run.step)
+        atomic_write(run_dir / "config.yaml", dump(config))
+        mixture.save(run_dir / "mixture.yaml")
+        atomic_write_json(run_dir / "plan.json", plan.to_dict())
+        if log.console:
+            print(f"{config.name}: {'resumed at step ' + str(run.step) if run.step else 'new run'}\n{plan.table()}")
+    return run
+
+
+def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
+    """Every step of the run, in order. ``stop`` fills when a signal arrives. Returns the last evaluation."""
+    config, plan, mesh, engine = run.config, run.plan, run.mesh, run.engine
+    results: dict[str, EvalResult] = {}
+    clock, logged_step = time.perf_counter(), run.step
+    while run.step < plan.total_steps:
+        micro_batches = run.loader.step(run.step)
+        local_tokens = torch.stack([b.loss_mask_BT.sum(dtype=torch.float64) for b in micro_batches]).sum()
+        num_loss_tokens = mesh.sum(local_tokens.to(mesh.device)).item()
+        loss_sum = engine.forward_backward(micro_batches, num_loss_tokens)
+        lr = learning_rate(run.step, plan.total_steps, config.optim.lr, config.schedule)
+        stats = engine.step(lr)
+        if stats.skipped:
+            raise non_finite(run, stats.grad_norm)
+        run.step += 1
+
+        last = run.step == plan.total_steps
+        if last or run.step % config.log.every == 0:
+            loss = (mesh.sum(loss_sum.double()) / num_loss_tokens).item()
+            rate = (run.step - logged_step) * plan.tokens_per_step / (time.perf_counter() - clock)
+            log(run, {"train/loss": loss, "train/lr": lr, "train/grad_norm": stats.grad_norm}, rate)
+            clock, logged_step = time.perf_counter(), run.step
+        if last or (config.eval.every and run.step % config.eval.every == 0):
+            results = evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)
+            if run.metrics:
+                run.metrics.evaluation(run.step, {"tokens": run.step * plan.tokens_per_step} | flatten(results))
+        stopping = mesh.any(bool(stop)) and not last
+        if config.checkpoint.every and (last or stopping or run.step % config.checkpoint.every == 0):
+            save(run)
+        if stopping:
+            raise Preempted(run.step)
+    return results or evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)
+
+
+def log(run: Run, values: dict[str, float], tokens_per_s: float) -> None:
+    """One line of metrics on rank 0, with the model FLOPs utilisation where the GPU's peak is known."""
+    if run.metrics is None:
+        return
+    values["perf/tokens_per_s"] = tokens_per_s
+    peak = peak_flops(torch.cuda.get_device_name()) if run.mesh.device.type == "cuda" else None
+    if peak:
+        values["perf/mfu"] = tokens_per_s * run.plan.flops_per_token / (peak * run.mesh.size)
+    run.metrics.train(run.step, values)
+
+
+def non_finite(run: Run, grad_norm: float) -> FloatingPointError:
+    """The error for a step whose gradients are NaN or infinite: which step, which samples, what to try."""
+    size = run.config.batch.global_batch_size
+    samples = f"{run.step * size} to {(run.step + 1) * size - 1}"
+    return FloatingPointError(
+        f"step {run.step + 1}: the gradient norm is {grad_norm}, nothing was updated. It was computed from samples "
+        f"{samples}; lower optim.lr={run.config.optim.lr}, or look at the data there"
+    )
+
+
+def save(run: Run) -> None:
+    """Writes a checkpoint: gathering is for every rank, writing for rank 0."""
+    optim = run.engine.state_dict()
+    if run.mesh.is_main:
+        state = {
+            "consumed_samples": run.step * run.config.batch.global_batch_size,
+            "config": to_dict(run.config),
+            "weights": dict(zip(run.mixture.names, run.mixture.weights.tolist(), strict=True)),
+            "data": run.loader.fingerprint(),
+            "plan": run.plan.to_dict(),
+        }
+        model = dict(run.engine.module.named_parameters())
+        checkpoint.save_checkpoint(run.config.run_dir, run.step, model, optim, state, run.config.checkpoint.keep)
+    run.mesh.barrier()
+
+
+def load(run: Run) -> None:
+    """Resumes from the newest verified checkpoint; rank 0 chooses, so that all ranks load the same one."""
+    found = checkpoint.find_checkpoint(run.config.run_dir, run.config.checkpoint.resume) if run.mesh.is_main else None
+    step = run.mesh.from_main(checkpoint.load_state(found)["step"] if found else 0)
+    if step == 0:
+        return
+    resume = run.config.checkpoint.resume
+    path = checkpoint.step_folder(run.config.run_dir, step) if resume == "auto" else Path(resume)
+    state = checkpoint.load_state(path)
+    changes = diff(identity(state["config"]), identity(to_dict(run.config)))
+    if state["data"] != run.loader.fingerprint():
+        changes.append("data: shards, weights, seed or sequence length are not the ones the checkpoint was trained on")
+    if changes:
+        raise ValueError(
+            f"{path}: cannot resume, this is another run: {'; '.join(changes)}. Undo it, or use a new out_dir"
+        )
+    module = run.engine.module
+    params = checkpoint.load_tensors(path, "model.safetensors", {n: p.shape for n, p in module.named_parameters()})
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            param.copy_(params[name])
+    run.engine.load_state_dict(checkpoint.load_tensors(path, "optim.safetensors", optim_names(module)))
+    run.step = step
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config dict that decides what is computed."""
+    kept = {k: v for k, v in config.items() if k not in MAY_CHANGE}
+    kept["batch"] = {"global_batch_size": config["batch"]["global_batch_size"]}  # the micro-batch is only a split
+    kept["data"] = {"seq_length": config["data"]["seq_length"]}  # the shards' contents are in the data fingerprint
+    return kept
+
+
+def finished(config: Config, run_hash: str) -> RunResult | None:
+    """The result of this very run if it was finished before, else None."""
+    path = config.run_dir / "result.json"
+    if config.checkpoint.resume == "never" or not path.is_file():
+        return None
+    import json
+
+    result = RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    return result if result.run_hash == run_hash else None
+
+
+def collect(run: Run, results: dict[str, EvalResult], seconds: float, run_hash: str) -> RunResult:
+    """The loop's outcome as a RunResult."""
+    return RunResult(
+        losses={name: r.loss for name, r in results.items()},
+        bpb={name: r.bpb for name, r in results.items() if r.bpb is not None},
+        tokens=run.plan.total_tokens,
+        steps=run.step,
+        seconds=seconds,
+        tokens_per_s=run.plan.total_tokens / seconds,
+        run_dir=str(run.config.run_dir),
+        run_hash=run_hash,
+    )
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that fills when SIGTERM or SIGUSR1 arrives; the handlers of before come back at the end."""
+    received: list[int] = []
+    try:
+        before = {s: signal.signal(s, lambda n, _: received.append(n)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    except ValueError:  # not the main thread: signals are somebody else's business
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
