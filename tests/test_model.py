@@ -1,0 +1,138 @@
+"""The model against Hugging Face's Llama, and the properties that a loss curve hides."""
+
+import math
+
+import pytest
+import torch
+
+import megatron_lite.model as model_module
+from megatron_lite.config import ModelConfig
+from megatron_lite.model import GPT
+from megatron_lite.shape import resolve_shape
+
+VOCAB, T = 96, 24
+
+
+def build(kv_heads: int = 4, tied: bool = False, theta: float = 10000.0, eps: float = 1e-5, scale: float = 1.0) -> GPT:
+    sizes = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "num_kv_heads": kv_heads, "ffn_hidden_size": 80}
+    config = ModelConfig(**sizes, rope_theta=theta, norm_eps=eps, tie_embeddings=tied)
+    model = GPT(resolve_shape(config, T, VOCAB), seed=3)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.mul_(scale if param.dim() > 1 else 1.0)
+            if "norm" in name:  # norms start at 1: move them, or a lost weight would go unseen
+                param.add_(torch.linspace(-0.3, 0.3, param.numel()))
+    return model
+
+
+def hugging_face(model: GPT):
+    """The same weights in transformers' LlamaForCausalLM, mapped here independently of any export code of ours."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the reference implementation")
+    s = model.shape
+    config = transformers.LlamaConfig(
+        vocab_size=s.vocab_size, hidden_size=s.hidden_size, intermediate_size=s.ffn_hidden_size,
+        num_hidden_layers=s.num_layers, num_attention_heads=s.num_heads, num_key_value_heads=s.num_kv_heads,
+        rms_norm_eps=s.norm_eps, rope_theta=s.rope_theta, tie_word_embeddings=s.tie_embeddings,
+        max_position_embeddings=s.seq_length, attn_implementation="eager",
+    )  # fmt: skip
+    if hasattr(config, "rope_parameters"):
+        config.rope_parameters = {"rope_type": "default", "rope_theta": s.rope_theta}
+    reference = transformers.LlamaForCausalLM(config)
+    kv = s.num_kv_heads * s.head_dim
+    ours = dict(model.named_parameters())
+    state = {"model.embed_tokens.weight": ours["embedding.weight"], "model.norm.weight": ours["norm.weight"]}
+    state["lm_head.weight"] = ours["embedding.weight" if s.tie_embeddings else "head.weight"]
+    for i in range(s.num_layers):
+        a, b = f"model.layers.{i}.", f"blocks.{i}."
+        q, k, v = ours[b + "attention.qkv.weight"].split([s.hidden_size, kv, kv])
+        gate, up = ours[b + "mlp.gate_up.weight"].chunk(2)
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        state |= {f"{a}{n}.weight": w for n, w in zip(names, (q, k, v, gate, up), strict=True)}
+        state[a + "self_attn.o_proj.weight"] = ours[b + "attention.out.weight"]
+        state[a + "mlp.down_proj.weight"] = ours[b + "mlp.down.weight"]
+        state[a + "input_layernorm.weight"] = ours[b + "attention_norm.weight"]
+        state[a + "post_attention_layernorm.weight"] = ours[b + "mlp_norm.weight"]
+    missing, unexpected = reference.load_state_dict({k: v.detach().clone() for k, v in state.items()}, strict=False)
+    assert not unexpected and all("rotary" in m or "lm_head" in m for m in missing)
+    return reference.to(next(model.parameters()).dtype)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"kv_heads": 1}, {"kv_heads": 2}, {"tied": True}, {"theta": 500000.0}, {"eps": 1e-3}],
+    ids=["mha", "mqa", "gqa", "tied", "theta", "eps"],
+)
+def test_logits_loss_and_gradients_equal_hugging_face_llama(kwargs):
+    model = build(**kwargs, scale=2.0).double()
+    reference = hugging_face(model)
+    tokens = torch.randint(0, VOCAB, (3, T + 1), generator=torch.Generator().manual_seed(0))
+    ours, theirs = model.logits(tokens[:, :-1]), reference(tokens[:, :-1]).logits
+    assert ours.std() > 0.3  # logits near zero would agree whatever the model did
+    # cos and sin are kept in fp32 on both sides, so fp64 logits agree to fp32's rounding of the tables and no better
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    reference(tokens, labels=tokens).loss.backward()
+    s = model.shape
+    qkv = model.blocks[0].attention.qkv.weight.grad
+    attention = reference.model.layers[0].self_attn
+    expected = torch.cat([attention.q_proj.weight.grad, attention.k_proj.weight.grad, attention.v_proj.weight.grad])
+    assert (qkv - expected).norm() / expected.norm() < 1e-5
+    head, expected = model.head.weight.grad, reference.lm_head.weight.grad
+    assert (head - expected).norm() / expected.norm() < 1e-5 and s.vocab_size == VOCAB
+
+
+def test_no_token_sees_the_future():
+    model = build(scale=3.0)
+    tokens = torch.randint(0, VOCAB, (1, T))
+    changed = tokens.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % VOCAB
+    before, after = model.logits(tokens), model.logits(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_chunked_loss_equals_the_whole(monkeypatch):
+    model = build(scale=2.0)
+    tokens = torch.randint(0, VOCAB, (2, T + 1))
+    whole = model(tokens[:, :-1], tokens[:, 1:])
+    whole.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(model_module, "LOGITS_LIMIT", 7 * VOCAB)  # chunks of 7 tokens, the last one short
+    chunked = model(tokens[:, :-1], tokens[:, 1:])
+    chunked.sum().backward()
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+    for param, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (param.grad - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+def test_initialisation_depends_on_seed_and_name_alone():
+    shape = resolve_shape(ModelConfig(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128), 16, 4096)
+    first = dict(GPT(shape, seed=1).named_parameters())
+    torch.manual_seed(99)  # the global generator must not matter
+    second, other = dict(GPT(shape, seed=1).named_parameters()), dict(GPT(shape, seed=2).named_parameters())
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert not torch.equal(first["blocks.0.mlp.down.weight"], first["blocks.1.mlp.down.weight"])
+    assert first["embedding.weight"].std().item() == pytest.approx(math.sqrt(2 / (5 * 64)), rel=0.02)
+    assert first["blocks.0.mlp.down.weight"].std().item() == pytest.approx(1 / 8 / 2, rel=0.03)
+
+
+def test_a_fresh_model_knows_nothing():
+    model = GPT(resolve_shape(ModelConfig(preset="demo_proxy"), 64, 1024))
+    tokens = torch.randint(0, 1024, (4, 65))
+    loss = model(tokens[:, :-1], tokens[:, 1:]).mean().item()
+    # the head's logits start with variance 2/5, which costs 0.2 nats over uniform guessing
+    assert abs(loss - math.log(1024) - 0.2) < 0.1
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    model = build()
+    tokens = torch.randint(0, VOCAB, (2, T + 1), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
