@@ -1,0 +1,165 @@
+"""What the user wrote about a search: one YAML for the whole way from raw text to a trained model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_lite.config import Config, load_config, nearest
+
+Control = Literal["optimal", "prior", "uniform", "best_single"]
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the text comes from; not read when shards.data_dir is set."""
+
+    kind: Literal["local", "none"] = "local"  # local: text of the installed Python packages | none: yours, in `dir`
+    dir: str | None = None  # kind none: folder of your train_<domain>.jsonl and valid_<domain>.jsonl
+    dists: tuple[str, ...] = ()  # local: Python distributions to read; empty: the built-in allow-list
+    max_tokens_per_domain: int = 8_000_000  # local: stop collecting a domain here (estimated tokens)
+    workers: int = 0  # local: processes; 0: one a core
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer trained on the corpus; not read when shards.data_dir is set."""
+
+    type: Literal["hf", "sentencepiece"] = "hf"  # Hugging Face byte-level BPE | SentencePiece BPE
+    vocab_size: int = 2048  # token ids, special tokens included
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """Tokenized shards, made from the corpus or brought along."""
+
+    data_dir: str | None = None  # folder of your own train_*/valid_* shards: skips corpus, tokenizer and shards
+    fraction: float = 1.0  # share of the training documents kept, so that a short run repeats data as a long one would
+    json_key: str = "text"  # key of the text in each JSONL line
+    workers: int = 0  # processes; 0: one a core
+
+
+@dataclass(frozen=True)
+class MixturesConfig:
+    """How mixtures are drawn: Dirichlet around the tempered prior, as RegMix does."""
+
+    count: int = 512  # mixtures that the surrogate is fitted on
+    holdout: int = 64  # mixtures from the same generator that neither fit nor choice ever sees
+    repeats: int = 3  # proxies on the prior with other seeds: the noise floor
+    temperature: float = 0.5  # exponent on the prior, < 1 flattens it (RegMix)
+    min_strength: float = 0.1  # smallest Dirichlet strength: near single domains (RegMix)
+    max_strength: float = 5.0  # largest Dirichlet strength: near the prior (RegMix)
+    minimum: float = 2e-4  # weights below this become zero (RegMix)
+    max_epochs: float = 4.0  # a domain may repeat this often in the target run (Muennighoff et al. 2023)
+    domains: tuple[str, ...] = ()  # training domains to mix; empty: all that the shards hold
+
+
+@dataclass(frozen=True)
+class ProxiesConfig:
+    """How proxies are run; nothing here changes their losses."""
+
+    workers: int = 0  # proxies at a time; 0: one a core
+    threads: int = 1  # CPU threads of one proxy
+    retries: int = 2  # further tries after a crash; a diverged proxy is never tried again
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The regression from weights to validation loss."""
+
+    surrogates: tuple[str, ...] = ()  # names in surrogates.py to choose among; empty: all of them
+    folds: int = 5  # cross-validation folds
+    target: str = "readme"  # validation domain whose loss is minimised
+    target_test: str | None = "readme_test"  # validation domain that only the retrained models are scored on
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The models trained on the result and on its controls."""
+
+    enabled: bool = True  # false: the search ends with mixture.yaml
+    mixtures: tuple[Control, ...] = ("optimal", "prior", "uniform", "best_single")  # what to train on
+    seeds: int = 2  # runs of each mixture, so that noise is visible
+    workers: int = 0  # runs at a time, proxies.threads threads each; 0: one a core
+    main: Config = field(default_factory=Config)  # the run; its data, seed and folder are filled in
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """One search. ``python -m regmix_search.run --print-config`` prints it with every default."""
+
+    name: str = "search"  # names the search in its folder and report
+    out_dir: str = "runs/{name}"  # where everything goes; {name} is replaced
+    seed: int = 0  # mixtures, folds, proxies and models are functions of it
+    target_tokens: int | None = None  # length of the run the mixture is for; null: train.main's total_tokens
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)  # stage 1
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # stage 2
+    shards: ShardsConfig = field(default_factory=ShardsConfig)  # stage 3
+    mixtures: MixturesConfig = field(default_factory=MixturesConfig)  # stage 4
+    proxies: ProxiesConfig = field(default_factory=ProxiesConfig)  # stage 5: how they run
+    proxy: Config = field(default_factory=Config)  # stage 5: what one is, an ordinary training run
+    fit: FitConfig = field(default_factory=FitConfig)  # stages 6 and 7
+    train: TrainConfig = field(default_factory=TrainConfig)  # stage 8
+
+    @property
+    def run_dir(self) -> Path:
+        """The search's folder, with ``{name}`` filled in."""
+        return Path(self.out_dir.replace("{name}", self.name))
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the run that the repetition caps are computed for."""
+        return self.target_tokens or self.train.main.schedule.total_tokens
+
+
+def load_search(path: str | Path | None, preset: str | None = None, overrides: tuple[str, ...] = ()) -> SearchConfig:
+    """Reads and checks a search config; a preset is the file ``<preset>.yaml`` beside ``path``.
+
+    Raises ValueError naming the file, the key, the value and the way out.
+    """
+    if preset is not None:
+        folder = Path(path).parent if path is not None else Path("configs/search")
+        path = folder / f"{preset}.yaml"
+        if not path.is_file():
+            known = [p.stem for p in sorted(folder.glob("*.yaml"))]
+            raise ValueError(f"--preset {preset}: no file {path}.{nearest(preset, known)}")
+    config = load_config(SearchConfig, path, overrides)
+    _check(config, str(path or "defaults"))
+    return config
+
+
+def _check(config: SearchConfig, where: str) -> None:
+    mixtures, proxies, train = config.mixtures, config.proxies, config.train
+    ranges: list[tuple[str, float, float, float]] = [
+        ("tokenizer.vocab_size", config.tokenizer.vocab_size, 258, 2**31),
+        ("shards.fraction", config.shards.fraction, 1e-9, 1.0),
+        ("mixtures.count", mixtures.count, 4, math.inf),
+        ("mixtures.holdout", mixtures.holdout, 0, math.inf),
+        ("mixtures.repeats", mixtures.repeats, 0, math.inf),
+        ("mixtures.temperature", mixtures.temperature, 0, math.inf),
+        ("mixtures.min_strength", mixtures.min_strength, 1e-6, math.inf),
+        ("mixtures.max_strength", mixtures.max_strength, mixtures.min_strength, math.inf),
+        ("mixtures.minimum", mixtures.minimum, 0, 0.5),
+        ("mixtures.max_epochs", mixtures.max_epochs, 1e-6, math.inf),
+        ("proxies.workers", proxies.workers, 0, math.inf),
+        ("proxies.threads", proxies.threads, 1, math.inf),
+        ("proxies.retries", proxies.retries, 0, math.inf),
+        ("fit.folds", config.fit.folds, 2, mixtures.count),
+        ("train.seeds", train.seeds, 1, math.inf),
+        ("train.workers", train.workers, 0, math.inf),
+        ("target_tokens", config.run_tokens, 1, math.inf),
+    ]
+    for key, value, low, high in ranges:
+        if not low <= value <= high:
+            limit = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            raise ValueError(f"{where}: {key}={value} must be {limit}")
+    if config.corpus.kind == "none" and not (config.corpus.dir or config.shards.data_dir):
+        raise ValueError(
+            f"{where}: corpus.kind=none needs your data: set corpus.dir (JSONL) or shards.data_dir (shards)"
+        )
+    if config.fit.target == config.fit.target_test:
+        raise ValueError(
+            f"{where}: fit.target and fit.target_test are both {config.fit.target!r}; the test must be unseen"
+        )
