@@ -114,7 +114,7 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
         dp_size=mesh.size,
     )
     vocab_size = loader.meta.vocab_size if loader.meta else None
-    deepspeed = "CROSS_RANK" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
+    deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
     plan = Plan.resolve(config, mesh.size, vocab_size, mesh.device.type == "cuda", deepspeed)
     loader.check_epochs(plan.total_steps * config.batch.global_batch_size)
     return loader, plan
@@ -189,8 +189,8 @@ def non_finite(run: Run, grad_norm: float) -> FloatingPointError:
     size = run.config.batch.global_batch_size
     samples = f"{run.step * size} to {(run.step + 1) * size - 1}"
     return FloatingPointError(
-        f"step {run.step + 1}: the gradient norm is {grad_norm}, nothing was updated. It was computed from samples "
-        f"{samples}; lower optim.lr={run.config.optim.lr}, or look at the data there"
+        f"step {run.step + 1}: the gradient norm is {grad_norm}, and nothing of this step is saved. "
+        f"It was computed from samples {samples}; lower optim.lr={run.config.optim.lr}, or look at the data there"
     )
 
 

@@ -27,10 +27,12 @@ class TorchEngine:
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         self.mesh, self.clip_grad = mesh, config.optim.clip_grad
         self.module = GPT(plan.shape, config.seed).to(mesh.device)
-        self.forward: nn.Module = compiled(self.module) if config.compile else self.module
-        self.ddp: nn.Module = self.forward
+        self.forward: nn.Module = self.module
+        if config.compile:
+            compile_in_place(self.module)
+        self.ddp: nn.Module = self.module
         if mesh.size > 1:
-            self.ddp = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
+            self.ddp = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.optimizer = build_optimizer(self.module, config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
@@ -101,15 +103,14 @@ def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict
         optimizer.state[param] = restored
 
 
-def compiled(module: GPT) -> nn.Module:
-    """torch.compile with static shapes; where that does not work, the module itself and one warning."""
+def compile_in_place(module: GPT) -> None:
+    """torch.compile with static shapes, parameter names unchanged; where that fails, one warning and no compilation."""
+    module.compile(dynamic=False)
     try:
-        fast = cast(nn.Module, torch.compile(module, dynamic=False))
         tokens = torch.zeros(1, 8, dtype=torch.long, device=next(module.parameters()).device)
         with torch.no_grad():
-            fast(tokens, tokens)
-        return fast
+            module(tokens, tokens)
     except Exception as error:
         # the compiler can fail in many ways, and none is a reason not to train
-        warnings.warn(f"compile=true does not work here ({type(error).__name__}); training without it")
-        return module
+        warnings.warn(f"compile=true does not work here ({type(error).__name__}: {error}); training without it")
+        module._compiled_call_impl = None

@@ -1,0 +1,167 @@
+"""DeepSpeed's engine at ZeRO 0 and 1, drawing the same curve as TorchEngine. The only file that imports deepspeed.
+
+Its JSON is generated from our config: a user's ``deepspeed:`` block may only add keys that we do not own. Learning rate
+and weights at rest stay ours. Facts about DeepSpeed 0.19 that shape this file are in docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import HashStore
+
+from megatron_lite.config import Config
+from megatron_lite.data.loader import Batch
+from megatron_lite.engine import StepStats
+from megatron_lite.engine.torch_engine import compile_in_place, moments, set_moments, summed_loss
+from megatron_lite.mesh import Mesh
+from megatron_lite.model import GPT
+from megatron_lite.optim import build_optimizer
+from megatron_lite.plan import Plan
+
+OWNED = {  # DeepSpeed's key: the key of ours that decides it
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size and batch.micro_batch_size",
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "precision",
+    "bf16": "precision",
+    "torch_autocast": "precision",
+}
+
+
+class DeepSpeedEngine:
+    """Parameters, moments and clipping as in TorchEngine; reduction and sharding by DeepSpeed."""
+
+    def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
+        deepspeed = import_deepspeed()
+        self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
+        self.module = GPT(plan.shape, config.seed).to(mesh.device)
+        self.forward: nn.Module = self.module
+        if config.compile:
+            compile_in_place(self.module)
+        self.optimizer = build_optimizer(self.module, config.optim)
+        self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
+        _ensure_process_group(mesh)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.module,
+            optimizer=self.optimizer,
+            config=deepspeed_json(config, plan),
+            dist_init_required=False,
+        )
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
+        """DeepSpeed averages gradients over ranks as DDP does; its own accumulation scaling is switched off."""
+        total = torch.zeros((), device=self.mesh.device)
+        for i, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            loss = summed_loss(self.engine, batch, self.mesh.device, self.autocast)
+            self.engine.backward(loss * (self.mesh.size / num_loss_tokens), scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def step(self, lr: float) -> StepStats:
+        """See Engine.step. At ZeRO 1 the norm is known after the update, so a non-finite one is only reported."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage > 0:
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+            return StepStats(norm, skipped=not math.isfinite(norm))
+        # at stage 0 DeepSpeed clips and forgets the norm; gradients are reduced by now, so we clip ourselves
+        limit = self.clip_grad if self.clip_grad > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit).item()
+        if math.isfinite(norm):
+            self.engine.step()
+        return StepStats(norm, skipped=not math.isfinite(norm))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See Engine.state_dict: ZeRO's partitions are gathered parameter by parameter into logical tensors."""
+        if self.stage == 0:
+            return moments(self.module, self.optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link_partitions()
+        steps = [s["step"] for s in self.optimizer.state.values() if "step" in s]
+        out = {"step": torch.as_tensor(steps[0] if steps else 0.0).detach().float().cpu().reshape(())}
+        for name, param in self.module.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                # every rank sends its partition of this parameter and receives the whole
+                out[f"{moment}/{name}"] = safe_get_full_optimizer_state(param, moment)
+        return out
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See Engine.load_state_dict. The module's parameters must already hold the checkpoint's weights."""
+        if self.stage == 0:
+            set_moments(self.module, self.optimizer, state)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for group in self.optimizer.param_groups:
+            for flat in group["params"]:  # ZeRO replaced the parameters by its flat partitions
+                zeros = {moment: torch.zeros_like(flat) for moment in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[flat] = {"step": state["step"].clone().to(flat.device), **zeros}
+        self._link_partitions()
+        for name, param in self.module.named_parameters():
+            safe_set_full_fp32_param(param, param.data)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(param, state[f"{moment}/{name}"].to(param.device), moment)
+
+    def _link_partitions(self) -> None:
+        # 0.19.8 links the first parameter group only when it does so by itself; asked again, it links them all
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, with its JIT-built CPU op left out; ValueError with the way to install it."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        way_out = "install it after torch: pip install --no-build-isolation 'megatron_lite[deepspeed]'"
+        raise ValueError(f"engine: deepspeed cannot be imported ({error}); {way_out}") from None
+    # serves inference only, takes half a minute to build, and an interrupted build hangs every later run
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed
+
+
+def deepspeed_json(config: Config, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's settings from ours, plus the user's extra keys; ValueError for a key that we own."""
+    extra = config.deepspeed
+    for key in extra:
+        if key in OWNED:
+            raise ValueError(
+                f"deepspeed.{key}: set {OWNED[key]} instead; DeepSpeed's JSON is generated from our config"
+            )
+    zero = dict(extra.get("zero_optimization", {}))
+    if "stage" in zero:
+        raise ValueError("deepspeed.zero_optimization.stage: set parallel.zero_stage instead")
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
+        "gradient_accumulation_steps": plan.grad_accum_steps,
+        "gradient_clipping": config.optim.clip_grad if plan.zero_stage else 0.0,
+        "zero_optimization": {**zero, "stage": plan.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if plan.precision == "bf16":
+        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return {**extra, **ours}
+
+
+def _ensure_process_group(mesh: Mesh) -> None:
+    """DeepSpeed wants a process group and LOCAL_RANK even for a single process."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
