@@ -1,0 +1,149 @@
+"""From a table of runs to fit.json: a surrogate chosen for every target, its honest scores, the noise of one run."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regmix_search.space import FloatArray
+from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, choose, group_mixtures, score
+from regmix_search.tables import Runs
+
+Target = str | Mapping[str, float]  # one loss, or a weighted mean of several
+
+
+def target_weights(target: Target, known: Iterable[str]) -> dict[str, float]:
+    """A target as {loss name: share}, shares summing to 1. Raises ValueError for names that are not `known`."""
+    known, terms = list(known), {target: 1.0} if isinstance(target, str) else dict(target)
+    for name, weight in terms.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"target {name!r} is not among the losses; {hint}there are {', '.join(known)}")
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"target {name!r} has weight {weight}: it must be a number, 0 or above")
+    total = sum(terms.values())
+    if not total > 0:
+        raise ValueError(f"target {terms}: give at least one loss a weight above 0")
+    return {name: weight / total for name, weight in terms.items()}
+
+
+def split_holdout(runs: Runs, n: int, seed: int) -> tuple[int, ...]:
+    """Indices of n runs to hold back, picked among mixtures that were run once. ValueError when too few are left."""
+    group = group_mixtures(runs.weights)
+    once = np.flatnonzero(np.bincount(group)[group] == 1)
+    if n < 0 or n > len(once) - 2:
+        raise ValueError(
+            f"cannot hold back {n} of {len(once)} mixtures that were run once: at least 2 must be left to fit"
+        )
+    picks = np.random.default_rng([seed, zlib.crc32(b"holdout")]).permutation(once)[:n]
+    return tuple(sorted(runs.index[i] for i in picks))
+
+
+def run_noise(runs: Runs) -> dict[str, float]:
+    """Standard deviation of one run around its mixture's mean, per target, pooled over repeats; {} without any."""
+    group = group_mixtures(runs.weights)
+    counts = np.bincount(group)
+    freedom = len(group) - len(counts)
+    if freedom == 0:
+        return {}
+    noise = {}
+    for target, losses in runs.losses.items():
+        means = np.bincount(group, weights=losses) / counts
+        noise[target] = math.sqrt(float(np.sum((losses - means[group]) ** 2)) / freedom)
+    return noise
+
+
+def fit_targets(
+    runs: Runs,
+    target: Target,
+    targets: Sequence[str] | None = None,
+    names: Sequence[str] = SURROGATES,
+    holdout: Sequence[int] = (),
+    seed: int = 0,
+    folds: int = 5,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """The content of fit.json: for each of `targets` (all losses when None) a choice made without the held-back runs.
+
+    target is what the search minimises; holdout are run indices that neither the choice nor any fit may see. A
+    mixture that is both held back and fitted is an error: its score would be flattering.
+    """
+    terms = target_weights(target, runs.losses)
+    targets = list(runs.losses) if targets is None else list(targets)
+    target_weights(dict.fromkeys(targets, 1.0), runs.losses)
+    held, train = runs.select(holdout), runs.without(holdout)
+    _check_disjoint(train, held)
+    fits, warnings = {}, []
+    for name in dict.fromkeys([*terms, *targets]):
+        fits[name], doubts = _fit_target(train, held, name, names, seed, folds, repeats)
+        warnings += [f"{name}: {doubt}" for doubt in doubts]
+    noise = run_noise(train)
+    if not noise:
+        warnings.append("no mixture was run twice: the noise of one run is unknown, and so is whether a gain is real")
+    if runs.unfinished:
+        warnings.append(f"{len(runs.unfinished)} mixtures have no losses and were left out: {list(runs.unfinished)}")
+    return {
+        "target": target if isinstance(target, str) else terms,
+        "n_train": len(train.index),
+        "n_holdout": len(held.index),
+        "seed": seed,
+        "train_index": list(train.index),
+        "domains": list(runs.domains),
+        "noise": noise,
+        "targets": fits,
+        "warnings": warnings + _idle_domains(train),
+    }
+
+
+def fit_chosen(runs: Runs, fit: Mapping[str, Any], name: str, surrogate: str | None = None) -> Surrogate:
+    """The surrogate that fit.json chose for a target (or another, by name), fitted to the rows it was chosen on."""
+    train = runs.select(fit["train_index"])
+    built = build_surrogate(surrogate or fit["targets"][name]["chosen"])
+    return built.fit(train.weights, train.losses[name], fit["seed"])
+
+
+def _fit_target(
+    train: Runs, held: Runs, name: str, names: Sequence[str], seed: int, folds: int, repeats: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    losses = train.losses[name]
+    choice = choose(train.weights, losses, names, seed, folds, repeats)
+    model = build_surrogate(choice.chosen).fit(train.weights, losses, seed)
+    result = {
+        "chosen": choice.chosen,
+        "why": choice.why,
+        "candidates": choice.candidates,
+        "holdout": _judge(model, held, name),
+        "cv_predicted": choice.cv_predicted.tolist(),
+        "true": losses.tolist(),
+    }
+    return result, choice.warnings
+
+
+def _judge(model: Surrogate, held: Runs, name: str) -> dict[str, Any]:
+    """Scores on held-back runs; correlations are null below 3 of them, where they say nothing."""
+    empty: dict[str, float | None] = dict.fromkeys(("spearman", "pearson", "mse", "rmse"))
+    predicted: FloatArray = model.predict(held.weights) if held.index else np.empty(0)
+    scores = score(predicted, held.losses[name]) if held.index else empty
+    if len(held.index) < 3:
+        scores = {**scores, "spearman": None, "pearson": None}
+    true = held.losses[name].tolist()
+    return {**scores, "index": list(held.index), "predicted": predicted.tolist(), "true": true}
+
+
+def _check_disjoint(train: Runs, held: Runs) -> None:
+    group = group_mixtures(np.vstack([train.weights, held.weights]))
+    fitted = set(group[: len(train.index)].tolist())
+    both = [i for i, g in zip(held.index, group[len(train.index) :].tolist(), strict=True) if g in fitted]
+    if both:
+        raise ValueError(f"held-back runs {both} have a mixture that is also fitted; hold back all of its runs or none")
+
+
+def _idle_domains(train: Runs) -> list[str]:
+    idle = [d for d, spread in zip(train.domains, np.ptp(train.weights, axis=0), strict=True) if spread < 1e-9]
+    return [f"domains {idle} never vary in these runs: nothing is known about their effect"] if idle else []
