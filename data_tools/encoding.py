@@ -1,6 +1,7 @@
 """What a preprocessing worker does: raw documents in, flat token ids out. It loads neither torch nor the core."""
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def encode_in_order(chunks: Iterator[Chunk], recipe: Recipe, workers: int) -> It
         return
     # spawn: forking a process whose tokenizer or torch threads hold locks can hang the child.
     context = get_context("spawn")
-    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         pending: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
@@ -99,16 +100,17 @@ def encode_in_order(chunks: Iterator[Chunk], recipe: Recipe, workers: int) -> It
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is killed: the pool alone would leave this worker waiting."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
 def _die_with_parent() -> None:
-    """Start a thread that ends this worker when its parent is killed; the pool alone would leave it waiting forever."""
-
-    def watch() -> None:
-        parent = parent_process()
-        assert parent is not None
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 @contextmanager

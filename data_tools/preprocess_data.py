@@ -72,7 +72,8 @@ def preprocess(
 
     `fraction` keeps the documents whose content hash is below it: a smaller share is a subset of a larger one.
     `max_tokens` stops before the first document that would pass it. `log_interval` is in documents; 0 is silent.
-    `workers` None means one a core. Raises ValueError naming file and line for text that cannot be read.
+    `workers` None means one a core; they are spawned, so a script that calls this needs `if __name__ == "__main__":`.
+    Raises ValueError naming file and line for text that cannot be read.
     """
     _check_options(fraction, max_tokens, on_bad_line, workers)
     prefix = os.path.abspath(output_prefix if exact_prefix else f"{output_prefix}_{json_key}_document")
@@ -237,7 +238,12 @@ def _say(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=f"files, globs or folders; endings: {' '.join(SUFFIXES)}")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help=f"files, globs or folders; endings: {' '.join(SUFFIXES)} (one document)",
+    )
     add("--output-prefix", required=True, help="writes <prefix>_<key>_document.{bin,idx,meta.json}")
     add("--exact-prefix", action="store_true", help="write <prefix>.{bin,idx,meta.json} instead")
     add("--json-keys", nargs="+", default=["text"], help="keys (parquet: columns) that hold text; a shard each")

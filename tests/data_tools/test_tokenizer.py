@@ -46,6 +46,16 @@ def test_special_tokens_in_text_stay_text(kind: str, request: pytest.FixtureRequ
         assert ids and tokenizer.eod_id not in ids
 
 
+def test_other_special_tokens_in_text_stay_text(tmp_path: Path, hf: Path) -> None:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_start|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).vocab_size == 401
+    assert load_tokenizer(tmp_path).encode_batch(["<|im_start|>"]) == load_tokenizer(hf).encode_batch(["<|im_start|>"])
+
+
 def test_unigram_piece_that_is_eod_is_spelled_out(tmp_path: Path) -> None:
     folder = unigram_folder(tmp_path, ["<unk>", "</s>", *"abs</>"])
     tokenizer = load_tokenizer(folder)
@@ -95,9 +105,8 @@ def test_no_bos_and_no_truncation_even_if_the_file_asks(tmp_path: Path, hf: Path
     from tokenizers import Tokenizer, processors
 
     backend = Tokenizer.from_file(str(hf / "tokenizer.json"))
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
+    backend.add_special_tokens(["<|bos|>"])
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 400)])
     backend.enable_truncation(4)
     backend.enable_padding()
     backend.save(str(tmp_path / "tokenizer.json"))
