@@ -1,10 +1,10 @@
 # The two commands of a newcomer: `make demo` and `make test`. Both create .venv and install when that is needed.
 #   make PYTHON=/path/to/python3.11       another interpreter
-#   make TORCH="torch==2.12.1"            another torch: constraints.txt no longer pins it
+#   make TORCH="torch==2.12.1"            another torch: constraints.txt no longer pins it; remembered in .venv/torch
 #   make TORCH=skip                       torch is there already: in .venv, or in the interpreter's own site-packages
 #   make test PYTEST_ARGS="-k blend -x"   more arguments for pytest, or ARGS=... for demo and bench
 PYTHON ?= python3.11
-TORCH ?= torch==2.13.0
+TORCH ?= $(or $(shell cat .venv/torch 2>/dev/null),torch==2.13.0)
 DEEPSPEED ?= deepspeed==0.19.8
 DEMO_CONFIG ?= configs/search/demo.yaml
 PYTEST_ARGS ?=
@@ -12,8 +12,8 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard megatron_lite/data/csrc/*)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c .venv/constraints.txt
+SOURCES := setup.py constraints.txt $(wildcard megatron_lite/data/csrc/*)
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt
 
 .PHONY: help install demo test test-slow check bench clean
 help:
@@ -29,14 +29,17 @@ install: $(STAMP)
 # torch comes first and alone: DeepSpeed's setup imports it, and no build may pull another one (hence no build isolation).
 $(STAMP): .venv/bin/python $(SOURCES)
 	@$(if $(filter torch==2.13.0,$(TORCH)),cp constraints.txt .venv/constraints.txt,grep -v '^torch==' constraints.txt > .venv/constraints.txt)
-	@echo "install: build tools and $(TORCH)"
+	@echo "$(TORCH)" > .venv/torch
+	@echo "install: build tools" $(if $(filter skip,$(TORCH)),"(torch is yours)","and $(TORCH)")
 	@$(PIP) setuptools wheel $(if $(filter skip,$(TORCH)),,$(TORCH))
-	@$(BIN)/python -c 'import torch; print("install: torch", torch.__version__)'
+	@$(BIN)/python -c 'import torch; print("install: torch", torch.__version__)' || \
+		{ echo "error: $(BIN)/python cannot import torch; TORCH=skip expects it there (make TORCH=skip PYTHON=...)" >&2; exit 1; }
 	@echo "install: megatron_lite, its C++ core and its dependencies"
 	@$(PIP) --no-build-isolation -e '.[dev]'
+	@ls megatron_lite/data/_native*.so >/dev/null 2>&1 || echo "install: the C++ core did not build; numpy does its work, slower"
 	@echo "install: $(DEEPSPEED)"
 	@$(PIP) --no-build-isolation $(DEEPSPEED) >.venv/deepspeed.log 2>&1 || \
-		echo "install: DeepSpeed did not build (see .venv/deepspeed.log); going on without it, its tests are skipped"
+		echo "install: DeepSpeed did not build (see .venv/deepspeed.log); going on without it: its tests are skipped"
 	@touch $@
 
 demo: $(STAMP)
