@@ -52,6 +52,7 @@ class MixturesConfig:
     min_strength: float = 0.1  # smallest Dirichlet strength: near single domains (RegMix)
     max_strength: float = 5.0  # largest Dirichlet strength: near the prior (RegMix)
     minimum: float = 2e-4  # weights below this become zero (RegMix)
+    over_cap: Literal["reject", "project", "ignore"] = "reject"  # draws over a cap: redrawn (RegMix) | scaled | kept
     max_epochs: float = 4.0  # a domain may repeat this often in the target run (Muennighoff et al. 2023)
     domains: tuple[str, ...] = ()  # training domains to mix; empty: all that the shards hold
 

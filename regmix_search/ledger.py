@@ -87,7 +87,9 @@ class Ledger:
             if index in self.trials:
                 _check_same(self.path, self.trials[index], event)
         self.finished = {index: event for index, event in state.finished.items() if index in self.trials}
-        self.failures, self.torn_lines = state.failures, state.torn_lines
+        # a search in which nothing ever worked has been mended, or nobody would run it again
+        self.failures = state.failures if state.finished else {}
+        self.torn_lines = state.torn_lines
         self._running: set[int] = set()
         self._ends_torn = state.ends_torn
 

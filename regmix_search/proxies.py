@@ -28,9 +28,9 @@ from regmix_search.progress import Progress
 # What a trial returns: {"losses": {domain: nats}, "tokens": int, ...}, all of it JSON. Runs in a worker process.
 TrialFunction = Callable[[Trial], dict[str, Any]]
 
-# Python errors that a second try would meet again: a diverged model, a wrong setting, a bug.
-NOT_RETRIED = (FloatingPointError, ValueError, TypeError, AttributeError, NameError, ImportError, AssertionError)
-# As many failures in a row as this, and no success ever, are one mistake and not bad luck: the search stops.
+# A diverged model and a mistake in settings or data: a second try would end the same.
+NOT_RETRIED = (FloatingPointError, ValueError)
+# As many trials failed for good as this, and no success ever, are one mistake and not bad luck: the search stops.
 HOPELESS = 3
 TRACEBACK_CHARS = 2000  # of a failure that the ledger keeps, from the end
 

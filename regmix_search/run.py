@@ -1,0 +1,166 @@
+"""Finds a data mixture: raw text -> proxies -> surrogate -> optimal weights -> the model trained on them -> report.
+
+    python -m regmix_search.run --config configs/search/demo.yaml
+    python -m regmix_search.run --config configs/search/demo.yaml --dry-run
+    python -m regmix_search.run --config configs/search/demo.yaml --stage proxies --set mixtures.count=128
+    python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target pile_cc --out DIR
+
+Every stage may be interrupted and run again: what is finished is never repeated, and a stage whose inputs have not
+changed does nothing. The last form needs no training and no shards: it works from RegMix's two CSV files.
+
+Exit codes: 0 done, 2 a mistake in settings or data, 130 interrupted (the same command goes on from there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config import dump
+from megatron_lite.files import atomic_write, folder_lock
+from megatron_lite.plan import duration
+from regmix_search import retrain, sources, stages
+from regmix_search.config import SearchConfig, load_search
+from regmix_search.freshness import Outcome, Stage, bring_up_to_date
+from regmix_search.ledger import check_fingerprint
+from regmix_search.search import Search
+
+ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "train", "report")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; everything else is in the config."""
+    parser = argparse.ArgumentParser(
+        prog="python -m regmix_search.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
+    parser.add_argument("--preset", metavar="NAME", help="NAME.yaml beside the config instead of it, e.g. smoke")
+    parser.add_argument("--stage", choices=("all", *ORDER), default="all", help="run one stage (default: all)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
+    parser.add_argument("--out", metavar="DIR", help="the search's folder; the same as --set out_dir=DIR")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, tokens, FLOPs and time, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML, and stop")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the messages go to stderr")
+    tables = parser.add_argument_group("fit and optimize without training")
+    tables.add_argument("--mixtures", metavar="CSV", type=Path, help="index,train_<domain>,... (RegMix's format)")
+    tables.add_argument("--losses", metavar="CSV", type=Path, help="index,metric/<name>_val_loss,... (RegMix's format)")
+    tables.add_argument("--target", metavar="NAME", help="loss to minimise; the same as --set fit.target=NAME")
+    tables.add_argument(
+        "--space", metavar="JSON", type=Path, help="prior and caps: {domains, tokens, prior, caps, ...}"
+    )
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> SearchConfig:
+    """--config or --preset, then --set, then the flags that are short for a key."""
+    flags = {"out_dir": args.out, "fit.target": args.target}
+    overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    return load_search(args.config, args.preset, tuple(overrides))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        config = read_config(args)
+        if args.print_config:
+            print(dump(config), end="")
+            return 0
+        search = Search(config, sys.stderr if args.json else sys.stdout)
+        if args.dry_run:
+            from regmix_search.budget import describe
+
+            print(describe(search))
+            return 0
+        signal.signal(signal.SIGTERM, _interrupt)
+        return _run(search, args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+
+
+def run_search(search: Search, builders: Iterable[Callable[[], Stage | None]]) -> list[Outcome]:
+    """Brings stages up to date in order, one line each; a builder that gives None has nothing to do here."""
+    outcomes = []
+    for build in builders:
+        stage = build()
+        if stage is None:
+            continue
+        outcome = bring_up_to_date(stage, search.out / "stages")
+        outcomes.append(outcome)
+        took = f"{duration(outcome.seconds)}, " if outcome.ran else ""
+        search.say(f"{stage.name}: {took}{outcome.summary}")
+    return outcomes
+
+
+def _run(search: Search, args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    with folder_lock(search.out):
+        builders = _builders(search, args)
+        if args.stage in ("all", *ORDER[: ORDER.index("fit")]):
+            # before anything is made anew: shards of other text would be of no use to the trials that are there
+            check_fingerprint(search.out / "trials.jsonl", stages.settings(search.config))
+        atomic_write(search.out / "config.yaml", dump(search.config))
+        outcomes = run_search(search, builders)
+    seconds = time.perf_counter() - start
+    search.say(f"{search.config.name}: {duration(seconds)}, results in {search.out}")
+    if args.json:
+        print(json.dumps(_summary(search, outcomes, seconds)))
+    return 0
+
+
+def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
+    """What the command line asks for, in order."""
+    if args.mixtures or args.losses or args.space:
+        return _table_builders(search, args)
+    build: dict[str, Callable[[Search], Stage | None]] = {
+        "corpus": sources.corpus,
+        "tokenizer": sources.tokenizer,
+        "shards": sources.shards,
+        "mixtures": stages.mixtures,
+        "proxies": stages.proxies,
+        "fit": stages.fit,
+        "optimize": stages.optimize,
+        "train": retrain.train,
+        "report": stages.report,
+    }
+    names = ORDER if args.stage == "all" else (args.stage,)
+    return [lambda name=name: build[name](search) for name in names]  # type: ignore[misc]
+
+
+def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
+    if args.stage not in ("fit", "optimize") or not (args.mixtures and args.losses):
+        raise ValueError("--mixtures and --losses go together, with --stage fit or --stage optimize")
+    if not (args.out or args.config):
+        raise ValueError("--mixtures: name a folder for the results with --out DIR")
+    from regmix_search import solution
+
+    fit = [lambda: solution.fit_tables(search.config, args.mixtures, args.losses)]
+    if args.stage == "fit":
+        return [*fit]
+    return [*fit, lambda: solution.optimize_tables(search.config, args.mixtures, args.losses, args.space)]
+
+
+def _summary(search: Search, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
+    """What --json prints."""
+    done = [{"stage": o.stage, "ran": o.ran, "seconds": round(o.seconds, 3), "summary": o.summary} for o in outcomes]
+    made = {name: str(search.out / name) for name in ("mixture.yaml", "optimum.json", "fit.json", "report.html")}
+    files = {name: path for name, path in made.items() if Path(path).is_file()}
+    return {"name": search.config.name, "out_dir": str(search.out), "seconds": seconds, "stages": done, "files": files}
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""One search under way: its config, its folders, and where its messages go."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from regmix_search.config import SearchConfig
+from regmix_search.inventory import Inventory, take_inventory
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search under way: its config, and where its messages go."""
+
+    config: SearchConfig
+    stream: TextIO
+
+    def say(self, text: str) -> None:
+        """Prints a line at once."""
+        print(text, file=self.stream, flush=True)
+
+    @property
+    def out(self) -> Path:
+        """The search's folder."""
+        return self.config.run_dir
+
+    @property
+    def shards_dir(self) -> Path:
+        """Where the shards are: the user's folder or the search's own."""
+        return Path(self.config.shards.data_dir or self.out / "shards")
+
+    @property
+    def corpus_dir(self) -> Path:
+        """Where the JSONL files are: the user's folder or the search's own."""
+        return Path(self.config.corpus.dir or self.out / "corpus")
+
+    @property
+    def inventory(self) -> Inventory:
+        """What the shards hold now."""
+        return take_inventory(self.shards_dir)
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens that a domain needs to give one sample to proxies and main run alike."""
+        return max(self.config.proxy.data.seq_length, self.config.train.main.data.seq_length)
+
+    def workers(self, wanted: int) -> int:
+        """A number of processes; 0 is one a core that this process may use."""
+        return wanted or len(os.sched_getaffinity(0))

@@ -1,0 +1,165 @@
+"""The stages of a search from shards to a report: each says what it makes from what, and does it when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_lite.config import to_dict
+from megatron_lite.files import atomic_write_json
+from regmix_search.config import SearchConfig
+from regmix_search.freshness import Stage, digest, read_json
+from regmix_search.ledger import Kind, Ledger, Trial, replay
+from regmix_search.progress import Progress
+from regmix_search.search import Search
+
+# Keys of the proxy's config that do not change what is learned or measured (its data has a digest of its own).
+NOT_COMPARED = ("name", "out_dir", "seed", "mixture", "threads", "log", "checkpoint", "data")
+
+
+def mixtures(search: Search) -> Stage:
+    """mixtures.csv and space.json: repeats of the prior, then held-back mixtures, then those to fit on.
+
+    In this order a search can be extended: the first mixtures do not depend on ``mixtures.count``.
+    """
+    config, seed, out = search.config.mixtures, search.config.seed, search.out
+    tokens, left_out = search.inventory.usable(config.domains, search.sample_tokens)
+
+    def make() -> str:
+        import numpy as np
+
+        from regmix_search.space import build_space, controls, sample_mixtures
+        from regmix_search.tables import write_mixtures
+
+        space = build_space(tokens, search.config.run_tokens, config.max_epochs)
+        shape = (config.temperature, config.min_strength, config.max_strength, config.minimum, config.over_cap)
+        drawn = sample_mixtures(space, config.holdout + config.count, seed, *shape)
+        rows = np.vstack([np.tile(controls(space)["prior"], (config.repeats, 1)), drawn])
+        write_mixtures(out / "mixtures.csv", range(len(rows)), space.domains, rows)
+        atomic_write_json(out / "space.json", space.to_json())
+        what = f"{config.count} to fit on, {config.holdout} held back, {config.repeats} x the prior"
+        small = f"; left out, too little text: {', '.join(left_out)}" if left_out else ""
+        return f"{len(rows)} mixtures of {len(tokens)} domains: {what}{small}"
+
+    inputs = {**dataclasses.asdict(config), "seed": seed, "run_tokens": search.config.run_tokens, "tokens": tokens}
+    return Stage("mixtures", inputs, (out / "mixtures.csv", out / "space.json"), make)
+
+
+def plan_trials(search: Search) -> list[Trial]:
+    """The proxies that mixtures.csv asks for: repeats of the prior with seeds of their own, the rest with one seed."""
+    from regmix_search.tables import read_mixtures
+
+    config, path = search.config.mixtures, search.out / "mixtures.csv"
+    digest(path, "mixtures")
+    index, domains, rows = read_mixtures(path)
+    if len(index) != config.repeats + config.holdout + config.count:
+        raise ValueError(
+            f"{path}: has {len(index)} mixtures, mixtures.repeats + holdout + count is "
+            f"{config.repeats + config.holdout + config.count}; run `--stage mixtures` again"
+        )
+    shares: list[tuple[Kind, int]] = [("repeat", config.repeats), ("holdout", config.holdout), ("train", config.count)]
+    kinds = [kind for kind, count in shares for _ in range(count)]
+    seeds = [search.config.seed + 1 + i if kind == "repeat" else search.config.seed for i, kind in enumerate(kinds)]
+    weights = [dict(zip(domains, row, strict=True)) for row in rows.tolist()]
+    return [Trial(*facts) for facts in zip(index, kinds, weights, seeds, strict=True)]
+
+
+def settings(config: SearchConfig) -> dict[str, Any]:
+    """The part of the config that every loss of a search depends on: the ledger refuses trials of another."""
+    written = to_dict(config)
+    proxy = {key: value for key, value in written["proxy"].items() if key not in NOT_COMPARED}
+    proxy["seq_length"] = config.proxy.data.seq_length
+    own_text = [] if config.shards.data_dir else ["corpus", "tokenizer"]
+    kept = {key: written[key] for key in ("seed", "shards", "mixtures", *own_text)}
+    for section, key in (("shards", "workers"), ("corpus", "workers"), ("mixtures", "count")):
+        kept.get(section, {}).pop(key, None)
+    return {"settings": {**kept, "proxy": proxy, "run_tokens": config.run_tokens}}
+
+
+def proxies(search: Search) -> Stage:
+    """losses.csv: every mixture trained and scored on the validation sets, the test target excepted."""
+    config, out, inventory = search.config, search.out, search.inventory
+    inventory.check_target("fit.target", config.fit.target)
+    trials, path = plan_trials(search), out / "trials.jsonl"
+    fingerprint = {**settings(config), "shards": inventory.digest}
+    valid = tuple(name for name in inventory.valid if name != config.fit.target_test)
+
+    def make() -> str:
+        from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
+        from regmix_search.tables import write_losses
+
+        ledger = Ledger(path, trials, fingerprint, config.proxies.retries)
+        for line in ledger.torn_lines:
+            search.say(f"{path}, line {line}: torn by a crash, skipped")
+        log = dataclasses.replace(config.proxy.log, console=False)
+        proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
+        function = ProxyTraining(proxy, str(search.shards_dir.resolve()), valid, str(out.resolve() / "proxies"))
+        pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
+        with Progress("proxies", search.stream) as progress:
+            run_trials(ledger, pool, progress)
+        if not ledger.finished:
+            raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
+        done = dict(sorted(ledger.finished.items()))
+        write_losses(out / "losses.csv", list(done), {d: [e["losses"][d] for e in done.values()] for d in valid})
+        failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
+        return f"{len(done)} of {len(trials)} done, {sum(e['tokens'] for e in done.values()):,} tokens{failed}"
+
+    inputs = {**fingerprint, "retries": config.proxies.retries, "mixtures": digest(out / "mixtures.csv", "mixtures")}
+    return Stage("proxies", inputs, (path, out / "losses.csv"), make)
+
+
+def fit(search: Search) -> Stage:
+    """fit.json: a surrogate for every validation loss, chosen by cross-validation, judged on the held-back proxies."""
+    out = search.out
+
+    def make() -> str:
+        from regmix_search.solution import fit_runs
+        from regmix_search.tables import read_runs
+
+        runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
+        finished = replay(out / "trials.jsonl").finished
+        held = [i for i in runs.index if finished.get(i, {}).get("kind") == "holdout"]
+        return fit_runs(out, runs, held, search.config)
+
+    inputs = {**dataclasses.asdict(search.config.fit), "seed": search.config.seed}
+    inputs |= {"mixtures": digest(out / "mixtures.csv", "mixtures"), "losses": digest(out / "losses.csv", "proxies")}
+    return Stage("fit", inputs, (out / "fit.json",), make)
+
+
+def optimize(search: Search) -> Stage:
+    """optimum.json and mixture.yaml: the weights of lowest predicted loss under the repetition caps."""
+    config, out = search.config, search.out
+
+    def make() -> str:
+        from megatron_lite.data.mixture import Mixture
+        from regmix_search.solution import provenance, solve_runs
+        from regmix_search.space import Space
+        from regmix_search.tables import read_runs
+
+        runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
+        optimum, text = solve_runs(out, Space.from_json(read_json(out / "space.json")), runs, config)
+        facts = provenance(config, optimum, digest(out / "fit.json", "fit"))
+        mixture = Mixture.from_weights(optimum["weights"], search.shards_dir, list(search.inventory.valid), facts)
+        dataclasses.replace(mixture, epochs=optimum["epochs"]).save(out / "mixture.yaml")
+        return text
+
+    inputs = {"seed": config.seed, "minimum": config.mixtures.minimum, "shards_dir": str(search.shards_dir)}
+    for name, made_by in (("fit.json", "fit"), ("space.json", "mixtures"), ("losses.csv", "proxies")):
+        inputs[name] = digest(out / name, made_by)
+    return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)
+
+
+def report(search: Search) -> Stage:
+    """report.html and report.md, from whatever is in the folder."""
+    out = search.out
+
+    def make() -> str:
+        from regmix_search.report import write_report
+
+        facts = write_report(out)
+        return f"{facts.get('verdict', '')}\n  {out / 'report.html'}"
+
+    names = ("space.json", "trials.jsonl", "losses.csv", "fit.json", "optimum.json", "train.json", "config.yaml")
+    inputs = {name: digest(out / name, name) for name in names if (out / name).is_file()}
+    inputs["mixtures.csv"] = digest(out / "mixtures.csv", "mixtures")
+    return Stage("report", inputs, (out / "report.html", out / "report.md"), make)
