@@ -127,6 +127,7 @@ class IndexedDataset:
         backwards = np.flatnonzero(indices[1:] < indices[:-1])
         if backwards.size:
             raise self._fail(offset + 8 * (int(backwards[0]) + 1), "document indices go backwards")
+        self.sequences_are_documents = len(indices) == n + 1 and bool((indices[1:] > indices[:-1]).all())
 
     def _check_sequences(self) -> int:
         """Check lengths and pointers against the .bin; returns the number of tokens."""
