@@ -31,7 +31,7 @@ $(STAMP): .venv/bin/python $(SOURCES)
 	@$(if $(filter torch==2.13.0,$(TORCH)),cp constraints.txt .venv/constraints.txt,grep -v '^torch==' constraints.txt > .venv/constraints.txt)
 	@echo "$(TORCH)" > .venv/torch
 	@echo "install: build tools" $(if $(filter skip,$(TORCH)),"(torch is yours)","and $(TORCH)")
-	@$(PIP) setuptools wheel $(if $(filter skip,$(TORCH)),,$(TORCH))
+	@$(PIP) setuptools wheel numpy $(if $(filter skip,$(TORCH)),,$(TORCH))
 	@$(BIN)/python -c 'import torch; print("install: torch", torch.__version__)' || \
 		{ echo "error: $(BIN)/python cannot import torch; TORCH=skip expects it there (make TORCH=skip PYTHON=...)" >&2; exit 1; }
 	@echo "install: megatron_lite, its C++ core and its dependencies"
