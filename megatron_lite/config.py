@@ -168,8 +168,9 @@ def parse(cls: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass tree as plain YAML and JSON types; ``parse(cls, to_dict(c))`` gives c back."""
-    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+    """A dataclass tree (or a dict) as plain YAML and JSON types; ``parse(cls, to_dict(c))`` gives c back."""
+    plain = dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
+    return cast(dict[str, Any], json.loads(json.dumps(plain)))
 
 
 def dump(config: Any) -> str:

@@ -34,7 +34,7 @@ class Plan:
     def resolve(cls, config: Config, world_size: int, vocab_size: int | None, cuda: bool, deepspeed: bool) -> Plan:
         """Config + launch facts -> Plan; ``deepspeed``: its launcher started us. ValueError on clashing settings."""
         shape = resolve_shape(config.model, config.data.seq_length, vocab_size)
-        accum = _grad_accum_steps(config, world_size)
+        accum = grad_accum_steps(config, world_size)
         tokens_per_step = config.batch.global_batch_size * config.data.seq_length
         total_steps = max(1, -(-config.schedule.total_tokens // tokens_per_step))
         engine = config.engine if config.engine != "auto" else ("deepspeed" if deepspeed else "torch")
@@ -98,7 +98,8 @@ def peak_flops(device_name: str) -> float | None:
     return next((v for k, v in sorted(PEAK_FLOPS.items(), key=lambda kv: -len(kv[0])) if k in device_name), None)
 
 
-def _grad_accum_steps(config: Config, dp_size: int) -> int:
+def grad_accum_steps(config: Config, dp_size: int) -> int:
+    """Micro-batches a rank accumulates in one step; ValueError listing the sizes that would divide."""
     batch, micro = config.batch.global_batch_size, config.batch.micro_batch_size
     if batch < 1 or micro < 1:
         raise ValueError(f"batch.global_batch_size={batch}, batch.micro_batch_size={micro}: both must be at least 1")

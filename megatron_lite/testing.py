@@ -69,10 +69,10 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     ``fn`` is a module-level function. A rank's exception is raised here with its own traceback as the message.
     """
     context = mp.get_context("spawn")
-    queue = context.Queue()
+    queue, read = context.Queue(), context.Event()
     port = _free_port()
     ranks = [
-        context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, queue), daemon=True)
+        context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, queue, read), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -85,13 +85,16 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value
     finally:
+        read.set()
         for process in ranks:
             process.join(timeout=10)
             process.kill()
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(fn: Callable[..., Any], args: Sequence[Any], rank: int, size: int, port: int, queue: Any) -> None:
+def _rank_main(
+    fn: Callable[..., Any], args: Sequence[Any], rank: int, size: int, port: int, queue: Any, read: Any
+) -> None:
     import torch
 
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -101,6 +104,7 @@ def _rank_main(fn: Callable[..., Any], args: Sequence[Any], rank: int, size: int
         queue.put((rank, True, fn(*args)))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
+    read.wait(60)  # tensors in a result live in this process's memory until they are read
 
 
 def _free_port() -> int:

@@ -24,7 +24,7 @@ from megatron_lite.files import atomic_write, atomic_write_json, folder_lock
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import Metrics
 from megatron_lite.optim import learning_rate
-from megatron_lite.plan import Plan, peak_flops
+from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 # A resumed run may differ in these; in anything else it would be another run.
@@ -104,6 +104,7 @@ def load_mixture(config: Config) -> Mixture:
 
 def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader, Plan]:
     """Opens the shards and works out the plan; every cross-check of config, data and launch happens here."""
+    grad_accum_steps(config, mesh.size)  # refuses batch sizes before any shard is opened
     loader = BlendedLoader(
         mixture,
         seq_length=config.data.seq_length,
