@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_lite.data.sidecar import ShardMeta, flush, publish, read_meta, temporary_name, write_meta
+from megatron_lite.data.sidecar import ShardMeta, read_meta, write_meta
+from megatron_lite.files import sync
 
 __all__ = ["IndexedDataset", "IndexedWriter", "ShardMeta", "optimal_dtype", "read_meta", "resolve_prefix", "write_meta"]
 
@@ -182,8 +183,7 @@ class IndexedWriter:
         self.bin_xxh3 = ""
         self._lengths: list[npt.NDArray[np.int32]] = []
         self._hash = xxhash.xxh3_64()
-        self._bin_temporary = temporary_name(self.prefix + ".bin")
-        self._idx_temporary = temporary_name(self.prefix + ".idx")
+        self._bin_temporary, self._idx_temporary = (f"{self.prefix}.{e}.tmp-{os.getpid()}" for e in ("bin", "idx"))
         os.makedirs(os.path.dirname(self.prefix), exist_ok=True)
         self._file: BinaryIO = open(self._bin_temporary, "wb", buffering=1 << 20)  # noqa: SIM115
 
@@ -220,16 +220,20 @@ class IndexedWriter:
                     os.unlink(temporary)
 
     def _finish(self) -> None:
-        flush(self._file)
         self._file.close()
+        sync(self._bin_temporary)
         self.bin_xxh3 = self._hash.hexdigest()
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         write_index(self._idx_temporary, self.dtype, lengths, np.arange(lengths.size + 1))
         for old in (self.prefix + ".meta.json", self.prefix + ".idx"):  # never a new .bin under an old index
             if os.path.exists(old):
                 os.unlink(old)
-        publish(self._bin_temporary, self.prefix + ".bin")
-        publish(self._idx_temporary, self.prefix + ".idx")
+        for temporary, path in (
+            (self._bin_temporary, self.prefix + ".bin"),
+            (self._idx_temporary, self.prefix + ".idx"),
+        ):
+            os.replace(temporary, path)
+            sync(os.path.dirname(path))
 
     def _cast(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if tokens.dtype == self.dtype or self.dtype.kind == "f" or tokens.size == 0:
@@ -252,7 +256,7 @@ def write_index(path: str, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32],
         file.write(HEADER.pack(MAGIC, 1, code, lengths.size, len(document_indices)))
         for array, form in ((lengths, "<i4"), (pointers, "<i8"), (document_indices, "<i8")):
             file.write(np.ascontiguousarray(array, dtype=form).data)
-        flush(file)
+    sync(path)
 
 
 def _map_bytes(path: str) -> npt.NDArray[np.uint8]:

@@ -20,7 +20,7 @@ import yaml
 
 from megatron_lite.data.indexed import resolve_prefix
 from megatron_lite.data.mixture_file import nearest, number, read_entry, read_yaml, section
-from megatron_lite.data.sidecar import flush, publish, temporary_name
+from megatron_lite.files import atomic_write
 
 SUM_TOLERANCE = 1e-12  # weights this close to 1 are kept to the bit, so that save and load change nothing
 
@@ -127,11 +127,7 @@ class Mixture:
         raw.update({"epochs": {name: float(e) for name, e in self.epochs.items()}} if self.epochs else {})
         raw.update({"provenance": self.provenance} if self.provenance else {})
         os.makedirs(os.path.dirname(where), exist_ok=True)
-        temporary = temporary_name(where)
-        with open(temporary, "wb") as file:
-            file.write(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True).encode())
-            flush(file)
-        publish(temporary, where)
+        atomic_write(where, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
         return replace(self, path=where, data_dir=folder)
 
 

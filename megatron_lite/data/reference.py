@@ -28,7 +28,7 @@ KeyArray = npt.NDArray[np.uint64]
 
 def key_of(*purpose: Any) -> int:
     """A 64-bit key from (seed, what it is for), the same on every machine and Python."""
-    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(map(str, purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

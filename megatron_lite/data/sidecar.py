@@ -6,7 +6,9 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from megatron_lite.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,4 @@ def write_meta(prefix: str | os.PathLike[str], meta: ShardMeta) -> None:
     """Write <prefix>.meta.json atomically. Call it last: a sidecar says that the shard is whole."""
     raw = asdict(meta)
     raw.update(raw.pop("extra"))
-    path = f"{os.fspath(prefix)}.meta.json"
-    temporary = temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.write(json.dumps(raw, indent=1, ensure_ascii=False).encode() + b"\n")
-        flush(file)
-    publish(temporary, path)
-
-
-def temporary_name(path: str) -> str:
-    """The name to write under, in the same folder, until the file is whole."""
-    return f"{path}.tmp-{os.getpid()}"
-
-
-def flush(file: IO[bytes]) -> None:
-    """Push a file to the disk, past every cache."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def publish(temporary: str, path: str) -> None:
-    """Give a flushed temporary file its real name."""
-    os.replace(temporary, path)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a crash
-    finally:
-        os.close(folder)
+    atomic_write(f"{os.fspath(prefix)}.meta.json", json.dumps(raw, indent=1, ensure_ascii=False) + "\n")

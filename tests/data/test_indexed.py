@@ -201,8 +201,10 @@ def test_multimodal_modes_and_neox_floats(tmp_path):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 121), value=st.integers(0, 255), cut=st.integers(0, 122))
 def test_no_byte_makes_the_reader_read_out_of_bounds(tmp_path, position, value, cut):
-    write(tmp_path / "x")
-    raw = bytearray((tmp_path / "x.idx").read_bytes())
+    if not (tmp_path / "good.idx").exists():
+        write(tmp_path / "good")
+        (tmp_path / "x.bin").write_bytes((tmp_path / "good.bin").read_bytes())
+    raw = bytearray((tmp_path / "good.idx").read_bytes())
     raw[position] = value
     (tmp_path / "x.idx").write_bytes(raw[:cut] if cut % 2 else raw)
     try:
