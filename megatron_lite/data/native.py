@@ -1,4 +1,4 @@
-"""The compiled kernels, loaded by ctypes: the same functions as reference.py, about a hundred times faster.
+"""The compiled kernels, loaded by ctypes: the same functions as reference.py, 10 to 40 times faster.
 
 `MEGATRON_LITE_NATIVE=0` forces numpy. `backend()` says which one runs. The library is stateless; numpy owns all memory.
 """
