@@ -115,7 +115,8 @@ def run_all(search: Search, runs: Sequence[MainRun], total: int) -> dict[str, st
     with Progress("models", search.stream) as progress, _stopping(running):
         while waiting or running:  # every round: fill the workers, show, collect
             while waiting and len(running) < workers:
-                running[_launch(search, waiting[0])] = waiting.pop(0)
+                run = waiting.pop(0)
+                running[_launch(search, run)] = run
             counts = Counts(start + ended - len(failed), len(running), len(failed), len(waiting))
             progress.update(counts, tokens)
             time.sleep(0.1)

@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(describe(search))
             return 0
-        signal.signal(signal.SIGTERM, _interrupt)
         return _run(search, args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -163,4 +162,5 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way to say Ctrl-C
     sys.exit(main())

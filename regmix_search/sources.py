@@ -53,16 +53,18 @@ def tokenizer(search: Search) -> Stage | None:
 
 
 def shards(search: Search) -> Stage | None:
-    """Megatron shards of every validation file and every domain that is mixed, thinned to ``shards.fraction``.
+    """Megatron shards of the domains that are mixed, thinned to ``shards.fraction``, and of what they are scored on.
 
-    None when the user brings them.
+    With ``mixtures.domains``, the other training domains are left out, and so are their validation sets; domains that
+    only exist for validation are always in. None when the user brings shards.
     """
     config, folder = search.config.shards, search.out / "shards"
     if config.data_dir:
         return None
-    wanted = {TRAIN + domain for domain in search.config.mixtures.domains}
-    texts = [text for text in _jsonl(search.corpus_dir, TRAIN) if not wanted or _stem(text) in wanted]
-    texts += _jsonl(search.corpus_dir, VALID)
+    training = {_stem(text).removeprefix(TRAIN): text for text in _jsonl(search.corpus_dir, TRAIN)}
+    unmixed = training.keys() - search.config.mixtures.domains if search.config.mixtures.domains else set()
+    texts = [text for domain, text in training.items() if domain not in unmixed]
+    texts += [text for text in _jsonl(search.corpus_dir, VALID) if _stem(text).removeprefix(VALID) not in unmixed]
 
     def make() -> str:
         from data_tools.preprocess_data import preprocess
