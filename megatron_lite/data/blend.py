@@ -1,11 +1,12 @@
-"""(weights, seed, i) -> (domain, sample): exact quotas in windows of 1,024 samples, and a keyed shuffle inside them.
+"""(weights, seed, i) -> (domain, sample): exact quotas window by window, and a keyed shuffle inside each window.
 
 How many of the first t samples belong to a domain is read off a binary tree over the domains: each node gives its
 light child floor(share * n + 1/2) of its n samples and its heavy child the rest. Both grow with n, so counts never go
 back, no state is kept, and any t costs O(domains). A rounding is off by at most 1/2, and what reaches a leaf from a
 node above is scaled by leaf weight / node weight; `QuotaTree.build` keeps the sum of those ratios below 3, so a count
 is within 1.5 of weight * t. Webster's method, the usual choice, drifts by dozens where many small weights are equal:
-all of their turns come at once. The shuffle inside a window keeps a data-parallel rank from seeing only some domains.
+all of their turns come at once. The shuffle inside a window keeps a data-parallel rank from seeing only some domains;
+the loader's window is the global batch, so every step starts and ends on an exact quota.
 """
 
 from __future__ import annotations
@@ -82,8 +83,14 @@ class Blend:
     """The order in which domains are drawn. Weight 0 is never drawn. Pure: nothing depends on what was drawn before."""
 
     def __init__(
-        self, weights: Sequence[float] | npt.NDArray[np.float64], seed: int, kernels: ModuleType | None = None
+        self,
+        weights: Sequence[float] | npt.NDArray[np.float64],
+        seed: int,
+        kernels: ModuleType | None = None,
+        window: int = WINDOW,
     ):
+        assert window >= 1
+        self.window = window
         array = np.asarray(weights, dtype=np.float64)
         if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
             raise ValueError(f"blend weights {array.tolist()}: expected finite numbers >= 0 with a positive sum")
@@ -99,13 +106,13 @@ class Blend:
         Over any prefix the ordinals of a domain are 0, 1, 2, ... in order, each once.
         """
         assert start >= 0 and count >= 0 and start + count <= MAX_SAMPLES
-        leaf, ordinal = self._kernels.draw(self._tree, self._key, start, count)
+        leaf, ordinal = self._kernels.draw(self._tree, self._key, start, count, self.window)
         return self._domains[leaf], ordinal
 
     def counts(self, consumed: int) -> npt.NDArray[np.int64]:
         """Samples of each domain among the first `consumed` [num_domains]."""
         assert 0 <= consumed <= MAX_SAMPLES
-        edge = consumed // WINDOW * WINDOW
+        edge = consumed // self.window * self.window
         found = np.zeros(self.num_domains, dtype=np.int64)
         found[self._domains] = self._kernels.counts(self._tree, np.array([edge]))[0]
         return found + np.bincount(self.draw(edge, consumed - edge)[0], minlength=self.num_domains)

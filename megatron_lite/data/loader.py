@@ -91,7 +91,7 @@ class BlendedLoader:
         train = [prefix for domain in mixture.domains for prefix in domain.prefixes]
         self.meta = shared_facts([*train, *(prefix for prefixes in mixture.valid.values() for prefix in prefixes)])
         self._vocab_size = vocab_size if self.meta.vocab_size is None else self.meta.vocab_size
-        self._blend = Blend(mixture.weights, seed)
+        self._blend = Blend(mixture.weights, seed, window=global_batch_size)
         self._samples = {  # a domain with weight 0 is never opened
             i: DomainSamples([IndexedDataset(prefix) for prefix in domain.prefixes], seq_length, seed, domain.name)
             for i, domain in enumerate(mixture.domains)
@@ -143,9 +143,10 @@ class BlendedLoader:
                 )
 
     def fingerprint(self) -> str:
-        """Changes when another order or other data would be drawn: shards, weights, seed, sequence length."""
+        """Changes when another order or other data would be drawn: shards, weights, seed, sample and batch size."""
         shards = {d.name: [_shard_identity(prefix) for prefix in d.prefixes] for d in self.mixture.domains if d.weight}
-        facts = [ORDER_VERSION, shards, self.mixture.names, self.mixture.weights.tolist(), self.seed, self.seq_length]
+        order = [self.mixture.names, self.mixture.weights.tolist(), self.seed, self.seq_length, self._blend.window]
+        facts = [ORDER_VERSION, shards, *order]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _refuse(self, domain: int, ordinal: int) -> None:

@@ -35,7 +35,7 @@ SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ml_version": ([], I64),
     "ml_permute": ([PTR, I64, I64, U64, PTR], None),
     "ml_counts": ([*TREE, I64, PTR], None),
-    "ml_draw": ([*TREE, U64, I64, I64, PTR, PTR], None),
+    "ml_draw": ([*TREE, U64, I64, I64, I64, PTR, PTR], None),
     "ml_block_prefix": ([PTR, I64, U64, PTR], None),
     "ml_gather": ([PTR, PTR, PTR, I64, I64, I64, U64, I64, PTR, PTR, PTR, PTR], I64),
 }
@@ -126,10 +126,10 @@ def counts(tree: QuotaTree, totals: IntArray) -> IntArray:
     return found[:, : tree.num_leaves]
 
 
-def draw(tree: QuotaTree, key: int, start: int, count: int) -> tuple[npt.NDArray[np.int32], IntArray]:
+def draw(tree: QuotaTree, key: int, start: int, count: int, window: int) -> tuple[npt.NDArray[np.int32], IntArray]:
     """reference.draw."""
     leaf, ordinal = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int64)
-    _c().ml_draw(*_tree(tree), key, start, count, _at(leaf), _at(ordinal))
+    _c().ml_draw(*_tree(tree), key, start, count, window, _at(leaf), _at(ordinal))
     return leaf, ordinal
 
 

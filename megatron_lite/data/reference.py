@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_lite.data.samples import DomainSamples
 
 BLOCK = 256  # documents that stay neighbours in every epoch; one prefix sum is kept for each block
-WINDOW = 1024  # samples between two exact quotas; the order inside is a keyed shuffle
+WINDOW = 1024  # samples between two exact quotas unless the loader says its batch; the order inside is a keyed shuffle
 HALF_ROUNDS = 6  # three full Feistel rounds: chi-square of positions and differences like a true shuffle's
 MASK = (1 << 64) - 1
 
@@ -74,20 +74,20 @@ def counts(tree: QuotaTree, totals: IntArray) -> IntArray:
     return found[:, : tree.num_leaves]
 
 
-def draw(tree: QuotaTree, key: int, start: int, count: int) -> tuple[npt.NDArray[np.int32], IntArray]:
+def draw(tree: QuotaTree, key: int, start: int, count: int, window: int) -> tuple[npt.NDArray[np.int32], IntArray]:
     """Samples [start, start + count): which leaf each belongs to, and its ordinal within that leaf."""
-    first, last = start // WINDOW, -(-(start + count) // WINDOW)
-    edges = counts(tree, np.arange(first, last + 1) * WINDOW)
+    first, last = start // window, -(-(start + count) // window)
+    edges = counts(tree, np.arange(first, last + 1) * window)
     leaves, ordinals = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for before, after, window in zip(edges[:-1], edges[1:], range(first, last), strict=True):
+    for before, after, number in zip(edges[:-1], edges[1:], range(first, last), strict=True):
         slots = np.repeat(np.arange(tree.num_leaves), after - before)
-        leaf = slots[permute(np.arange(WINDOW), WINDOW, mix64(key, window))]
+        leaf = slots[permute(np.arange(window), window, mix64(key, number))]
         by_leaf = np.argsort(leaf, kind="stable")  # a leaf's samples come in order of position
-        ordinal = np.empty(WINDOW, dtype=np.int64)
-        ordinal[by_leaf] = before[slots] + np.arange(WINDOW) - np.searchsorted(slots, slots)
+        ordinal = np.empty(window, dtype=np.int64)
+        ordinal[by_leaf] = before[slots] + np.arange(window) - np.searchsorted(slots, slots)
         leaves.append(leaf)
         ordinals.append(ordinal)
-    wanted = slice(start - first * WINDOW, start - first * WINDOW + count)
+    wanted = slice(start - first * window, start - first * window + count)
     return np.concatenate(leaves)[wanted].astype(np.int32), np.concatenate(ordinals)[wanted]
 
 

@@ -85,9 +85,10 @@ def test_counts_follow_the_tree_in_exact_arithmetic(kernels):
         assert kernels.counts(tree, np.array([total]))[0].tolist() == [found[i] for i in range(len(weights))]
 
 
+@pytest.mark.parametrize("window", [1, 8, WINDOW])
 @pytest.mark.parametrize("name", ["one", "fibonacci", "dirichlet 17", "zipf 1000"])
-def test_draws_do_not_depend_on_how_they_are_cut(name, kernels):
-    blend = Blend(WEIGHTS[name], 3, kernels)
+def test_draws_do_not_depend_on_how_they_are_cut(name, window, kernels):
+    blend = Blend(WEIGHTS[name], 3, kernels, window)
     for origin in (0, 2**40 - 1000):
         domains, ordinals = blend.draw(origin, 3000)
         cuts = [0, 1, 2, 7, 500, 1023, 1024, 1025, 2600, 3000]
@@ -101,6 +102,16 @@ def test_draws_do_not_depend_on_how_they_are_cut(name, kernels):
         assert np.array_equal(blend.counts(origin + 3000) - first, np.bincount(domains, minlength=len(first)))
 
 
+@pytest.mark.parametrize("window", [1, 8, 512])
+def test_every_window_edge_is_on_quota(window, kernels):
+    """With the global batch as the window, every optimizer step ends within 1.5 samples of the weights."""
+    weights = WEIGHTS["dirichlet 17"]
+    shares, (domains, _) = exact(weights), Blend(weights, 5, kernels, window).draw(0, 4096)
+    counts = np.cumsum(domains[:, None] == np.arange(len(weights)), axis=0)
+    for edge in range(window, 4097, window):
+        assert max(abs(int(c) - s * edge) for c, s in zip(counts[edge - 1], shares, strict=True)) <= Fraction(3, 2)
+
+
 def test_zero_weight_is_never_drawn(kernels):
     blend = Blend([0, 0.7, 0, 0.3], 0, kernels)
     assert set(blend.draw(0, 5000)[0].tolist()) == {1, 3}
@@ -109,10 +120,11 @@ def test_zero_weight_is_never_drawn(kernels):
     assert np.array_equal(blend.draw(0, 5000)[0], np.array([1, 3])[without])
 
 
+@pytest.mark.parametrize("window", [8, 64, WINDOW])
 @pytest.mark.parametrize("weights", [[1.0] * 8, [0.5, 0.25, 0.125, 0.125], [1.0] * 64])
-def test_no_data_parallel_rank_sees_a_biased_mixture(weights):
+def test_no_data_parallel_rank_sees_a_biased_mixture(weights, window):
     """dp 8, micro-batch 1: total variation distance of each rank's 12,500 samples from the weights, at most 0.03."""
-    domains, _ = Blend(weights, 0).draw(0, 100_000)
+    domains, _ = Blend(weights, 0, window=window).draw(0, 100_000)
     target = np.array(weights) / np.sum(weights)
     for rank in range(8):
         mine = domains[rank::8]

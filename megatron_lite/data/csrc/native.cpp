@@ -16,7 +16,6 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;     // documents that stay neighbours; reference.BLOCK
-constexpr int64_t WINDOW = 1024;   // samples between exact quotas; reference.WINDOW
 constexpr int HALF_ROUNDS = 6;     // reference.HALF_ROUNDS
 
 // splitmix64's finaliser over a counter: a new key for every purpose.
@@ -124,20 +123,20 @@ void ml_counts(int64_t num_leaves, const int32_t* nodes, const int32_t* light, c
 
 // Samples [start, start + count): which leaf each belongs to, and its ordinal within that leaf.
 void ml_draw(int64_t num_leaves, const int32_t* nodes, const int32_t* light, const int32_t* heavy, const double* share,
-             uint64_t key, int64_t start, int64_t count, int32_t* leaf_out, int64_t* ordinal_out) {
+             uint64_t key, int64_t start, int64_t count, int64_t window_size, int32_t* leaf_out, int64_t* ordinal_out) {
   std::vector<int64_t> now(2 * num_leaves - 1), next(2 * num_leaves - 1);
-  int32_t slots[WINDOW];
+  std::vector<int32_t> slots(window_size);
   const int64_t end = start + count;
-  int64_t window = start / WINDOW;
-  split(num_leaves, nodes, light, heavy, share, window * WINDOW, now.data());
-  for (; window * WINDOW < end; ++window) {
-    split(num_leaves, nodes, light, heavy, share, (window + 1) * WINDOW, next.data());
+  int64_t window = start / window_size;
+  split(num_leaves, nodes, light, heavy, share, window * window_size, now.data());
+  for (; window * window_size < end; ++window) {
+    split(num_leaves, nodes, light, heavy, share, (window + 1) * window_size, next.data());
     int64_t slot = 0;
     for (int64_t leaf = 0; leaf < num_leaves; ++leaf)
       for (int64_t quota = next[leaf] - now[leaf]; quota > 0; --quota) slots[slot++] = static_cast<int32_t>(leaf);
-    const Permutation order(WINDOW, mix64(key, static_cast<uint64_t>(window)));
-    const int64_t first = window * WINDOW;
-    const int64_t stop = end - first < WINDOW ? end - first : WINDOW;
+    const Permutation order(static_cast<uint64_t>(window_size), mix64(key, static_cast<uint64_t>(window)));
+    const int64_t first = window * window_size;
+    const int64_t stop = end - first < window_size ? end - first : window_size;
     for (int64_t i = 0; i < stop; ++i) {  // from the window's start, so that a leaf's samples come in order
       const int32_t leaf = slots[order(static_cast<uint64_t>(i))];
       const int64_t ordinal = now[leaf]++;
