@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_proxies import assert_dead
 
 from megatron_lite.files import folder_lock
 from regmix_search import run as cli
@@ -274,7 +275,8 @@ def test_a_polite_kill_leaves_a_ledger_and_no_workers(smoke, tmp_path):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in text and "Traceback" not in text, text
     assert 0 < len(replay(out / "trials.jsonl").finished) < 17
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    for pid in children:
+        assert_dead(int(pid))
 
 
 def test_fit_and_optimize_from_two_csv_files(smoke, tmp_path, capsys):
