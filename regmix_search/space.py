@@ -47,7 +47,7 @@ class Space:
             raise ValueError(self._infeasible())
 
     def _infeasible(self) -> str:
-        text = f"caps {self.named(self.caps)} sum to {self.caps.sum():.4g}, below 1: no mixture obeys them"
+        text = f"caps {self.named(self.caps.round(4))} sum to {self.caps.sum():.4g}, below 1: no mixture obeys them"
         if self.tokens is None or not self.target_tokens or not self.max_epochs:
             return text + "; raise the caps"
         held = self.tokens.sum()

@@ -23,7 +23,6 @@ class LightGBM:
 
     def fit(self, weights: FloatArray, losses: FloatArray, seed: int = 0) -> Self:
         weights, losses = check_runs(weights, losses)
-        order = np.lexsort([losses, *weights.T])  # sums of floats depend on the order of rows: fix it
         settings = {
             "objective": "l2",
             "learning_rate": self.LEARNING_RATE,
@@ -35,8 +34,8 @@ class LightGBM:
             "verbosity": -1,
         }
         lightgbm = _import_lightgbm()
-        data = lightgbm.Dataset(weights[order], losses[order])
-        self.model = lightgbm.train(settings, data, self.TREES)
+        data = lightgbm.Dataset(weights, losses)
+        self.model = lightgbm.train(settings, data, self.TREES, keep_training_booster=True)  # no copy through text
         return self
 
     def predict(self, weights: FloatArray) -> FloatArray:
