@@ -160,6 +160,8 @@ def _check(config: SearchConfig, where: str) -> None:
         raise ValueError(
             f"{where}: corpus.kind=none needs your data: set corpus.dir (JSONL) or shards.data_dir (shards)"
         )
+    if config.corpus.kind == "local" and config.corpus.dir:
+        raise ValueError(f"{where}: corpus.dir is only read with corpus.kind=none; set that, or leave dir out")
     if config.fit.target == config.fit.target_test:
         raise ValueError(
             f"{where}: fit.target and fit.target_test are both {config.fit.target!r}; the test must be unseen"

@@ -35,7 +35,8 @@ class Search:
     @property
     def corpus_dir(self) -> Path:
         """Where the JSONL files are: the user's folder or the search's own."""
-        return Path(self.config.corpus.dir or self.out / "corpus")
+        corpus = self.config.corpus
+        return Path(corpus.dir) if corpus.kind == "none" and corpus.dir else self.out / "corpus"
 
     @property
     def inventory(self) -> Inventory:
@@ -45,7 +46,8 @@ class Search:
     @property
     def sample_tokens(self) -> int:
         """Tokens that a domain needs to give one sample to proxies and main run alike."""
-        return max(self.config.proxy.data.seq_length, self.config.train.main.data.seq_length)
+        main = self.config.train.main.data.seq_length if self.config.train.enabled else 0
+        return max(self.config.proxy.data.seq_length, main)
 
     def workers(self, wanted: int) -> int:
         """A number of processes; 0 is one a core that this process may use."""

@@ -39,6 +39,7 @@ def test_the_demo_trains_a_model_four_times_its_proxy(capsys):
         (["--set", "shards.fraction=2"], "shards.fraction=2.0 must be between"),
         (["--set", "fit.target=readme_test"], "the test must be unseen"),
         (["--set", "corpus.kind=none"], "set corpus.dir"),
+        (["--set", "corpus.dir=text"], "corpus.dir is only read with corpus.kind=none"),
         (["--preset", "smke"], "Did you mean 'smoke'?"),
         (["--mixtures", "a.csv"], "--mixtures and --losses go together"),
         (["--stage", "proxies"], "run `--stage shards` first"),
