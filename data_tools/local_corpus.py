@@ -28,6 +28,7 @@ from data_tools.corpus_extract import extract
 from data_tools.corpus_filter import Document, keep_unique, line_hashes
 from data_tools.corpus_leaks import remove_leaks
 from data_tools.corpus_manifest import compare_with_reference, finished, summary_table, write_corpus, write_reference
+from data_tools.corpus_pieces import in_pieces
 from data_tools.corpus_sources import (
     ALLOWED_DISTS,
     Skipped,
@@ -171,13 +172,13 @@ def harvest(work: Sequence[Work], workers: int) -> tuple[dict[str, list[Document
 def refine(
     found: dict[str, list[Document]], max_bytes: dict[str, int], valid_bytes: int, workers: int
 ) -> tuple[dict[str, list[Document]], dict[str, Any]]:
-    """The documents that stay, by domain, and counts of those that went: copies, what is over the cap, leaks."""
+    """The pieces that stay, by domain, and counts of what went: copies, what is over the cap, leaks."""
     kept, removed = {}, dict[str, Any]()
     for domain, documents in found.items():
         room = {"train": max_bytes.get(domain, 0), "valid": valid_bytes, "test": valid_bytes}
         kept[domain], removed[domain] = keep_unique(documents, room)
     kept, leaks = remove_leaks(kept, partial(in_order, workers))
-    return kept, {"copies": removed, "leaks": leaks}
+    return {domain: in_pieces(some) for domain, some in kept.items()}, {"copies": removed, "leaks": leaks}
 
 
 def build_corpus(
