@@ -111,7 +111,9 @@ def _run(search: Search, args: argparse.Namespace) -> int:
         atomic_write(search.out / "config.yaml", dump(search.config))
         outcomes = run_search(search, builders)
     seconds = time.perf_counter() - start
-    search.say(f"{search.config.name}: {duration(seconds)}, results in {search.out}")
+    report = search.out / "report.html"
+    where = f"report in {report}" if report.is_file() else f"results in {search.out}"
+    search.say(f"{search.config.name}: {duration(seconds)}, {where}")
     if args.json:
         print(json.dumps(_summary(search, outcomes, seconds)))
     return 0

@@ -156,8 +156,7 @@ def report(search: Search) -> Stage:
     def make() -> str:
         from regmix_search.report import write_report
 
-        facts = write_report(out)
-        return f"{facts.get('verdict', '')}\n  {out / 'report.html'}"
+        return str(write_report(out).get("verdict", ""))
 
     names = ("space.json", "trials.jsonl", "losses.csv", "fit.json", "optimum.json", "train.json", "config.yaml")
     inputs = {name: digest(out / name, name) for name in names if (out / name).is_file()}
