@@ -80,7 +80,11 @@ setup(
     version=VERSION,
     description="Train language models on data mixtures that were searched for: RegMix on a small Megatron",
     packages=find_packages(include=["megatron_lite*", "data_tools*", "regmix_search*", "launch*"]),
-    package_data={"megatron_lite.data": ["csrc/*.cpp"], "regmix_search": ["*.j2", "*.css"], "data_tools": ["*.json"]},
+    package_data={
+        "megatron_lite.data": ["csrc/*.cpp"],
+        "regmix_search.report": ["*.j2", "*.css"],
+        "data_tools": ["*.json"],
+    },
     ext_modules=[NATIVE],
     cmdclass={"build_ext": OptionalBuildExt},
     python_requires=">=3.11",

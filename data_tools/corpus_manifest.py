@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from data_tools.corpus_filter import Document
 from data_tools.corpus_sources import Skipped, Source
+from megatron_lite.files import atomic_write
 
 FORMAT = 1  # raise it when the extraction changes: a finished folder of another format is built anew
 REFERENCE = Path(__file__).with_name("corpus_reference.json")
@@ -24,19 +24,6 @@ look at their licences before you publish one. `MANIFEST.json` names each file, 
 | package | version | licence (as declared) | documents | kB |
 |---|---|---|--:|--:|
 """
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(data: bytes) -> str:
@@ -88,7 +75,7 @@ def write_documents(
         entry |= {"sha256": source.sha256, "domain": document.domain, "split": document.split}
         entries.append(entry | {"bytes": len(document.text.encode())})
     data = "".join(lines).encode()
-    write_atomic(path, data)
+    atomic_write(path, data)
     about = {"documents": len(lines), "bytes": sum(entry["bytes"] for entry in entries)}
     return about | {"file_bytes": len(data), "sha256": _sha256(data)}, entries
 
@@ -126,8 +113,8 @@ def write_corpus(
         "removed": dict(removed),
         "skipped": [asdict(s) for s in skipped],
     }
-    write_atomic(out / "SOURCES.md", sources_page(files, licenses).encode())
-    write_atomic(out / "MANIFEST.json", _dump(manifest | {"files": files}))
+    atomic_write(out / "SOURCES.md", sources_page(files, licenses))
+    atomic_write(out / "MANIFEST.json", _dump(manifest | {"files": files}))
     return manifest | {"files": files}
 
 
@@ -171,7 +158,7 @@ def write_reference(manifest: Mapping[str, Any], path: Path = REFERENCE) -> None
     """Store what `compare_with_reference` compares with: settings, fingerprint, one short hash a package."""
     settings = {k: v for k, v in manifest["settings"].items() if k != "dists"}
     reference = {"settings": settings, "fingerprint": manifest["fingerprint"], "dists": manifest["dist_fingerprints"]}
-    write_atomic(path, (json.dumps(reference, indent=1) + "\n").encode())
+    atomic_write(path, json.dumps(reference, indent=1) + "\n")
 
 
 def compare_with_reference(manifest: Mapping[str, Any], path: Path = REFERENCE) -> str:

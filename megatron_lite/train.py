@@ -41,6 +41,7 @@ class RunResult:
     steps: int
     seconds: float  # this process's own time in the loop, evaluation included
     tokens_per_s: float
+    flops: float  # of training, by the plan's convention; evaluation is not counted
     run_dir: str
     run_hash: str  # of config, mixture and data: a finished run is not repeated when it is the same
 
@@ -264,6 +265,7 @@ def collect(run: Run, results: dict[str, EvalResult], seconds: float, run_hash: 
         steps=run.step,
         seconds=seconds,
         tokens_per_s=run.plan.total_tokens / seconds,
+        flops=run.plan.total_flops,
         run_dir=str(run.config.run_dir),
         run_hash=run_hash,
     )

@@ -85,7 +85,7 @@ class ProxyTraining:
         if bad:
             raise FloatingPointError(f"validation loss of {', '.join(bad)} is not finite after {result.steps} steps")
         run_folder = os.path.join(Path(self.runs_dir).name, trial.name)  # relative to the ledger: folders may move
-        facts = {"tokens": result.tokens, "seconds": result.seconds, "steps": result.steps, "run_dir": run_folder}
+        facts = {"tokens": result.tokens, "seconds": result.seconds, "flops": result.flops, "run_dir": run_folder}
         return {"losses": dict(result.losses), "bpb": dict(result.bpb), **facts}
 
 

@@ -13,9 +13,9 @@ import pytest
 from finished_search import DOMAINS, TARGETS, make_search
 from scipy import stats
 
-from regmix_search.evidence import WITHOUT, read_evidence
-from regmix_search.numerals import markdown_cell, minus
 from regmix_search.report import write_report
+from regmix_search.report.evidence import WITHOUT, read_evidence
+from regmix_search.report.numerals import markdown_cell, minus
 
 GAINS = {"prior": 0.22, "uniform": 0.115, "best_single": 0.02}
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from regmix_search.costs import covered
-from regmix_search.numerals import count, duration, minus
-from regmix_search.svg import Scale, nice_ticks, spread_labels, tick_labels
-from regmix_search.verdict import (
+from regmix_search.report.costs import covered
+from regmix_search.report.numerals import count, duration, minus
+from regmix_search.report.svg import Scale, nice_ticks, spread_labels, tick_labels
+from regmix_search.report.verdict import (
     Agreement,
     Comparison,
     agreement,

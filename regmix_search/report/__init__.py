@@ -12,11 +12,11 @@ import jinja2
 import numpy as np
 
 from megatron_lite.files import atomic_write, atomic_write_json
-from regmix_search import exhibits, figures
-from regmix_search.evidence import Evidence, finite, read_evidence
-from regmix_search.findings import gather_facts, noise_sd
-from regmix_search.numerals import count, markdown_cell, minus, ratio
-from regmix_search.verdict import OPTIMAL, Agreement, Comparison, tokens_to_reach
+from regmix_search.report import exhibits, figures
+from regmix_search.report.evidence import Evidence, finite, read_evidence
+from regmix_search.report.findings import gather_facts, noise_sd
+from regmix_search.report.numerals import count, markdown_cell, minus, ratio
+from regmix_search.report.verdict import OPTIMAL, Agreement, Comparison, tokens_to_reach
 
 PACKAGES = ("megatron_lite", "torch", "numpy", "scipy", "lightgbm", "scikit-learn", "tokenizers")
 # A running mean over this share of a training curve; its points are single noisy batches.
@@ -34,8 +34,8 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     facts = gather_facts(evidence)
     context = {"facts": facts, "evidence": evidence, **exhibits.build_tables(evidence, facts)}
     context |= {"figures": draw_figures(evidence, facts), "reach": _reach(evidence), **_surroundings(run_dir)}
-    atomic_write(run_dir / "report.html", _render("report.html.j2", context))
-    atomic_write(run_dir / "report.md", _render("report.md.j2", context))
+    atomic_write(run_dir / "report.html", _render("page.html.j2", context))
+    atomic_write(run_dir / "report.md", _render("page.md.j2", context))
     report: dict[str, Any] = _plain(facts)
     atomic_write_json(run_dir / "report.json", report)
     return report

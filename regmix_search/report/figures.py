@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regmix_search.numerals import fixed, percent
-from regmix_search.svg import WIDTH, Canvas, Point, Scale, nice_ticks, spread_labels
-from regmix_search.verdict import Comparison
+from regmix_search.report.numerals import fixed, percent
+from regmix_search.report.svg import WIDTH, Canvas, Point, Scale, nice_ticks, spread_labels
+from regmix_search.report.verdict import Comparison
 
 LEFT = 92  # room for a domain's name
 ROW = 24

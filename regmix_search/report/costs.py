@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from regmix_search.evidence import Evidence, finite
+from regmix_search.report.evidence import Evidence, finite
 
 KINDS = {"train": "proxies to fit on", "holdout": "proxies held back", "repeat": "repeats of the prior"}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from regmix_search.evidence import Evidence, finite, finite_dict
-from regmix_search.numerals import count
-from regmix_search.verdict import (
+from regmix_search.report.evidence import Evidence, finite, finite_dict
+from regmix_search.report.numerals import count
+from regmix_search.report.verdict import (
     LOW_SIGNAL,
     OPTIMAL,
     UNRELIABLE,

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from regmix_search.costs import list_costs
-from regmix_search.evidence import Evidence, Trial, finite, finite_dict
-from regmix_search.findings import held_back, noise_sd, single_domain, spread_sd
-from regmix_search.numerals import DASH, count, duration, fixed, percent, ratio, signed, span
-from regmix_search.verdict import OPTIMAL, Comparison
+from regmix_search.report.costs import list_costs
+from regmix_search.report.evidence import Evidence, Trial, finite, finite_dict
+from regmix_search.report.findings import held_back, noise_sd, single_domain, spread_sd
+from regmix_search.report.numerals import DASH, count, duration, fixed, percent, ratio, signed, span
+from regmix_search.report.verdict import OPTIMAL, Comparison
 
 BEST_COUNT = 5
 SHORT = {OPTIMAL: "optimal", "prior": "prior", "uniform": "uniform"}
