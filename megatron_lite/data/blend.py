@@ -1,82 +1,22 @@
 """(weights, seed, i) -> (domain, sample): exact quotas window by window, and a keyed shuffle inside each window.
 
-How many of the first t samples belong to a domain is read off a binary tree over the domains: each node gives its
-light child floor(share * n + 1/2) of its n samples and its heavy child the rest. Both grow with n, so counts never go
-back, no state is kept, and any t costs O(domains). A rounding is off by at most 1/2, and what reaches a leaf from a
-node above is scaled by leaf weight / node weight; `QuotaTree.build` keeps the sum of those ratios below 3, so a count
-is within 1.5 of weight * t. Webster's method, the usual choice, drifts by dozens where many small weights are equal:
-all of their turns come at once. The shuffle inside a window keeps a data-parallel rank from seeing only some domains;
-the loader's window is the global batch, so every step starts and ends on an exact quota.
+The loader's window is the global batch, so every optimizer step starts and ends on an exact quota (quota.py). The
+shuffle inside a window keeps a data-parallel rank from seeing only some domains.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.native import kernels as default_kernels
-from megatron_lite.data.reference import WINDOW, key_of
+from megatron_lite.data.keys import key_of
+from megatron_lite.data.quota import QuotaTree
 
+WINDOW = 1024  # samples between two exact quotas where no batch size is given
 MAX_SAMPLES = 1 << 48  # far below 2^53, so that counts are exact as doubles
-
-
-@dataclass(frozen=True, eq=False)
-class QuotaTree:
-    """Nodes 0..num_leaves-1 are leaves, the last is the root; the arrays list inner nodes from the root down."""
-
-    num_leaves: int
-    nodes: npt.NDArray[np.int32]
-    light: npt.NDArray[np.int32]  # the child with the smaller weight
-    heavy: npt.NDArray[np.int32]
-    share: npt.NDArray[np.float64]  # light weight / node weight, at most 1/2
-
-    @classmethod
-    def build(cls, weights: Sequence[float]) -> QuotaTree:
-        """Pair nodes whose weights have the same power of two, smallest first; park the one left over.
-
-        A parked node joins a later leftover only if it weighs at least half as much: beside a much lighter sibling a
-        leaf would be rounded twice at full weight. The parked ones are joined last, from the lightest up.
-        """
-        total, children = list(weights), [(-1, -1)] * len(weights)
-        by_power: dict[int, list[int]] = {}
-        parked: list[int] = []
-
-        def join(a: int, b: int) -> int:
-            total.append(total[a] + total[b])
-            children.append((a, b) if total[a] <= total[b] else (b, a))
-            return len(total) - 1
-
-        def place(node: int) -> None:
-            by_power.setdefault(math.frexp(total[node])[1], []).append(node)
-
-        for leaf in range(len(weights)):
-            place(leaf)
-        while by_power:
-            power = min(by_power)
-            nodes = sorted(by_power.pop(power), key=lambda node: total[node])
-            for a, b in zip(nodes[0::2], nodes[1::2], strict=False):
-                place(join(a, b))
-            if len(nodes) % 2 == 0:
-                continue
-            left = nodes[-1]
-            if parked and 2 * total[parked[-1]] >= total[left]:
-                left = join(parked.pop(), left)
-            if math.frexp(total[left])[1] > power:
-                place(left)
-            else:
-                parked.append(left)
-        root = parked[0]
-        for node in parked[1:]:
-            root = join(root, node)
-        inner = np.arange(len(total) - 1, len(weights) - 1, -1, dtype=np.int32)
-        light, heavy = (np.array([children[node][side] for node in inner], dtype=np.int32) for side in (0, 1))
-        share = np.array([total[child] / total[node] for node, child in zip(inner, light, strict=True)])
-        return cls(len(weights), inner, light, heavy, share.astype(np.float64))
 
 
 class Blend:
@@ -86,7 +26,7 @@ class Blend:
         self,
         weights: Sequence[float] | npt.NDArray[np.float64],
         seed: int,
-        kernels: ModuleType | None = None,
+        kernels: ModuleType,
         window: int = WINDOW,
     ):
         assert window >= 1
@@ -98,7 +38,7 @@ class Blend:
         self._domains = np.flatnonzero(array).astype(np.int32)
         self._tree = QuotaTree.build(array[self._domains].tolist())
         self._key = key_of(seed, "blend")
-        self._kernels = kernels or default_kernels()
+        self._kernels = kernels
 
     def draw(self, start: int, count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Samples start .. start + count - 1: their domain [count] and their ordinal within it [count].

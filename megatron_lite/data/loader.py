@@ -91,13 +91,14 @@ class BlendedLoader:
         train = [prefix for domain in mixture.domains for prefix in domain.prefixes]
         self.meta = shared_facts([*train, *(prefix for prefixes in mixture.valid.values() for prefix in prefixes)])
         self._vocab_size = vocab_size if self.meta.vocab_size is None else self.meta.vocab_size
-        self._blend = Blend(mixture.weights, seed, window=global_batch_size)
+        kernels = default_kernels()
+        self._blend = Blend(mixture.weights, seed, kernels, window=global_batch_size)
         self._samples = {  # a domain with weight 0 is never opened
-            i: DomainSamples([IndexedDataset(prefix) for prefix in domain.prefixes], seq_length, seed, domain.name)
+            i: DomainSamples([IndexedDataset(p) for p in domain.prefixes], seq_length, seed, domain.name, kernels)
             for i, domain in enumerate(mixture.domains)
             if domain.weight > 0
         }
-        self._gather = default_kernels().Gather(list(self._samples.values()))
+        self._gather = kernels.Gather(list(self._samples.values()))
         self._row_of = np.zeros(len(mixture.domains), dtype=np.int32)
         self._row_of[list(self._samples)] = np.arange(len(self._samples))
         order = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)

@@ -13,19 +13,17 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data import reference
 from megatron_lite.data.indexed import DTYPES
+from megatron_lite.data.quota import QuotaTree
+from megatron_lite.data.samples import DomainSamples
 
-if TYPE_CHECKING:
-    from megatron_lite.data.blend import QuotaTree
-    from megatron_lite.data.samples import DomainSamples
-
-VERSION = 1  # of the C interface: ml_version() in native.cpp
+VERSION = 2  # of the C interface: ml_version() in native.cpp
 NEEDS_EPOCH, BAD_TOKEN = 1, 2  # native.cpp, Status
 NO_VOCAB = (1 << 64) - 1
 

@@ -1,43 +1,24 @@
 """The arithmetic of csrc/native.cpp in numpy, bit for bit: for machines without a compiler, and to test the C++ with.
 
-Everything here is a pure function of its arguments. Keys are 64-bit numbers from `key_of` and `mix64`.
+Everything here is a pure function of its arguments. Keys come from keys.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from megatron_lite.data.blend import QuotaTree
-    from megatron_lite.data.samples import DomainSamples
+from megatron_lite.data.keys import mix64
+from megatron_lite.data.quota import QuotaTree
+from megatron_lite.data.samples import BLOCK, DomainSamples
 
-BLOCK = 256  # documents that stay neighbours in every epoch; one prefix sum is kept for each block
-WINDOW = 1024  # samples between two exact quotas unless the loader says its batch; the order inside is a keyed shuffle
 HALF_ROUNDS = 6  # three full Feistel rounds: chi-square of positions and differences like a true shuffle's
-MASK = (1 << 64) - 1
 
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.uint64]
-
-
-def key_of(*purpose: Any) -> int:
-    """A 64-bit key from (seed, what it is for), the same on every machine and Python."""
-    digest = hashlib.blake2b("\0".join(map(str, purpose)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def mix64(key: int, value: int) -> int:
-    """A new key for each value: splitmix64's finaliser over a counter."""
-    z = (key + 0x9E3779B97F4A7C15 * (value + 1)) & MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
 
 
 def _hash32(value: KeyArray, key: int) -> KeyArray:

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.native import kernels as default_kernels
-from megatron_lite.data.reference import BLOCK, key_of, mix64
+from megatron_lite.data.keys import key_of, mix64
+
+BLOCK = 256  # documents that stay neighbours in every epoch; one prefix sum is kept for each block
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +47,8 @@ class DomainSamples:
         datasets: Sequence[IndexedDataset],
         seq_length: int,
         seed: int,
-        name: str = "",
-        kernels: ModuleType | None = None,
+        name: str,
+        kernels: ModuleType,
     ) -> None:
         self.name, self.seq_length = name, seq_length
         self.num_tokens = sum(dataset.num_tokens for dataset in datasets)
@@ -70,7 +71,7 @@ class DomainSamples:
                 block_tokens.append(np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK), dtype=np.int64))
         self.block_tokens = np.concatenate(block_tokens)
         self.num_blocks = len(self.block_tokens)
-        self._kernels = kernels or default_kernels()
+        self._kernels = kernels
         self._prefixes: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
 
     @functools.cached_property

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.data.blend import Blend, QuotaTree
-from megatron_lite.data.reference import WINDOW
+from megatron_lite.data.blend import WINDOW, Blend
+from megatron_lite.data.native import kernels as default_kernels
+from megatron_lite.data.quota import QuotaTree
 
 RNG = np.random.default_rng(0)
 FIBONACCI = [1e-9, 1, 1, 1, 2, 3, 5, 8, 13, 21, 34]  # the worst case of a Huffman tree: 1.67
@@ -124,7 +125,7 @@ def test_zero_weight_is_never_drawn(kernels):
 @pytest.mark.parametrize("weights", [[1.0] * 8, [0.5, 0.25, 0.125, 0.125], [1.0] * 64])
 def test_no_data_parallel_rank_sees_a_biased_mixture(weights, window):
     """dp 8, micro-batch 1: total variation distance of each rank's 25,000 samples from the weights, at most 0.03."""
-    domains, _ = Blend(weights, 0, window=window).draw(0, 200_000)
+    domains, _ = Blend(weights, 0, default_kernels(), window).draw(0, 200_000)
     target = np.array(weights) / np.sum(weights)
     for rank in range(8):
         mine = domains[rank::8]
@@ -145,4 +146,4 @@ def test_a_window_holds_its_quota_and_the_seed_decides_the_order(kernels):
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, math.nan], [math.inf], [[1, 2]]])
 def test_bad_weights_are_refused(weights):
     with pytest.raises(ValueError, match="expected finite numbers >= 0 with a positive sum"):
-        Blend(weights, 0)
+        Blend(weights, 0, default_kernels())

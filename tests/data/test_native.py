@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_lite.data import native, reference
-from megatron_lite.data.blend import QuotaTree
+from megatron_lite.data import keys, native, reference
+from megatron_lite.data.quota import QuotaTree
 from megatron_lite.data.samples import DomainSamples
 
 BOTH = pytest.mark.skipif(native.library() is None, reason="the library is not built: nothing to compare")
@@ -32,7 +32,7 @@ def test_permutations_of_huge_ranges_are_equal():
 @pytest.mark.parametrize("size", [5, 64, 1000])
 def test_permutations_look_random(kernels, size):
     """Where two neighbours land, over many keys: chi-square of the first and of their distance, within 4 sigma."""
-    landed = np.array([kernels.permute(np.array([0, 1]), size, reference.mix64(1, key)) for key in range(4000)])
+    landed = np.array([kernels.permute(np.array([0, 1]), size, keys.mix64(1, key)) for key in range(4000)])
     distance = (landed[:, 1] - landed[:, 0]) % size
     for values, cells in ((landed[:, 0], size), (distance - 1, size - 1)):
         expected = len(values) / cells
@@ -125,6 +125,6 @@ def test_a_stale_library_is_refused_with_a_warning(monkeypatch):
 
 def test_keys_do_not_depend_on_the_process():
     """If these change, every run draws in another order. mix64's are splitmix64's published values for seed 0."""
-    assert reference.key_of(0, "blend") == 1142395463468156093
-    assert [reference.mix64(0, value) for value in (0, 1)] == [16294208416658607535, 7960286522194355700]
+    assert keys.key_of(0, "blend") == 1142395463468156093
+    assert [keys.mix64(0, value) for value in (0, 1)] == [16294208416658607535, 7960286522194355700]
     assert reference.permute(np.arange(8), 8, 1).tolist() == [3, 4, 2, 1, 6, 7, 0, 5]

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from megatron_lite.data import reference
 from megatron_lite.data.indexed import IndexedDataset, write_index
 from megatron_lite.data.samples import DomainSamples
 
@@ -91,9 +92,9 @@ def test_the_smallest_domain(make_shard, kernels):
 
 def test_too_few_tokens_or_floats_are_refused(make_shard):
     with pytest.raises(ValueError, match=r"domain 'd' \(.*/a\) has 4 tokens, one sample needs seq_length \+ 1 = 5"):
-        DomainSamples([make_shard("a", [4])], 4, 0, "d")
+        DomainSamples([make_shard("a", [4])], 4, 0, "d", reference)
     with pytest.raises(ValueError, match=r"holds float32; tokens are integers"):
-        DomainSamples([make_shard("f", [40], "float32")], 4, 0, "d")
+        DomainSamples([make_shard("f", [40], "float32")], 4, 0, "d", reference)
 
 
 def write_sentences(tmp_path, pointers=None):
@@ -118,4 +119,4 @@ def test_sentences_of_a_document_stay_together(tmp_path, kernels):
 def test_scattered_sentences_are_refused(tmp_path):
     pointers = np.repeat(np.arange(10), 2) * 40  # each pair of sentences overlaps
     with pytest.raises(ValueError, match="sentences of a document are not end to end"):
-        DomainSamples([write_sentences(tmp_path, pointers)], 3, 0, "d")
+        DomainSamples([write_sentences(tmp_path, pointers)], 3, 0, "d", reference)

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 256;     // documents that stay neighbours; reference.BLOCK
+constexpr int64_t BLOCK = 256;     // documents that stay neighbours; samples.BLOCK
 constexpr int HALF_ROUNDS = 6;     // reference.HALF_ROUNDS
 
 // splitmix64's finaliser over a counter: a new key for every purpose.
@@ -109,7 +109,7 @@ enum Status : int64_t { DONE = 0, NEEDS_EPOCH = 1, BAD_TOKEN = 2 };
 
 static_assert(sizeof(Shard) == 48 && sizeof(Domain) == 72, "native.py mirrors these");
 
-int64_t ml_version() { return 1; }  // native.VERSION: raise both when a signature or a result changes
+int64_t ml_version() { return 2; }  // native.VERSION: raise both when a signature or a result changes
 
 void ml_permute(const int64_t* index, int64_t count, int64_t size, uint64_t key, int64_t* out) {
   const Permutation order(static_cast<uint64_t>(size), key);
