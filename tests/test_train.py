@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,25 @@ def test_compile_failure_warns_and_trains(tmp_path, mixture, monkeypatch):
     with pytest.warns(UserWarning, match="compile=true does not work here .*no compiler here"):
         result = train(tiny_config(tmp_path / "compiled", "compile=true"), mixture)
     assert result.losses == plain.losses
+
+
+@pytest.mark.slow
+def test_compiled_draws_the_same_curve(tmp_path, mixture):
+    train(tiny_config(tmp_path / "plain"), mixture)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="compile=true does not work here")
+        train(tiny_config(tmp_path / "compiled", "compile=true"), mixture)
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert max(abs(plain[s] - compiled[s]) for s in plain) <= 1e-5
+
+
+def test_tensorboard_mirrors_metrics_jsonl(tmp_path, mixture):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tiny_config(tmp_path / "run", "log.tensorboard=true"), mixture)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    mirrored = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert mirrored == pytest.approx(losses(tmp_path / "run"))
+    assert [e.step for e in events.Scalars("valid/a/bpb")] == [10]
 
 
 def test_bf16_is_close_to_fp32(tmp_path, mixture):
