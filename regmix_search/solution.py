@@ -44,10 +44,19 @@ def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tup
     return optimum, text + _warned(optimum)
 
 
-def provenance(config: SearchConfig, optimum: dict[str, Any], fit_digest: str) -> dict[str, Any]:
-    """What mixture.yaml says about where its weights come from."""
+def provenance(config: SearchConfig, optimum: dict[str, Any], fit_path: Path) -> dict[str, Any]:
+    """What mixture.yaml says about where its weights come from; losses in nats per token of a proxy."""
+    fit = read_json(fit_path)
+    chosen = {
+        target: entry["chosen"] for target, entry in fit["targets"].items() if target in _names(optimum["target"])
+    }
     facts = {key: optimum[key] for key in ("target", "objective", "interval90", "inside_sampled_region")}
-    return {"made_by": "regmix_search", "search": config.name, "seed": config.seed, "fit": fit_digest, **facts}
+    made = {"made_by": "regmix_search", "search": config.name, "seed": config.seed, "fit": digest(fit_path, "fit")}
+    return {**made, "proxies": fit["n_train"], "held_back": fit["n_holdout"], "surrogate": chosen, **facts}
+
+
+def _names(target: str | dict[str, float]) -> list[str]:
+    return [target] if isinstance(target, str) else list(target)
 
 
 def fit_tables(config: SearchConfig, mixtures: Path, losses: Path) -> Stage:
@@ -75,7 +84,7 @@ def optimize_tables(config: SearchConfig, mixtures: Path, losses: Path, space_fi
         space = Space.from_json(read_json(space_file)) if space_file else unlimited_space(runs.domains, centre)
         optimum, text = solve_runs(out, space, runs, config)
         train = {f"train_{domain}": weight for domain, weight in optimum["weights"].items()}
-        facts = provenance(config, optimum, digest(out / "fit.json", "fit"))
+        facts = provenance(config, optimum, out / "fit.json")
         content = {"version": 1, "train": train, "epochs": optimum["epochs"], "provenance": facts}
         atomic_write(out / "mixture.yaml", yaml.safe_dump(content, sort_keys=False))
         return text

@@ -138,7 +138,8 @@ def optimize(search: Search) -> Stage:
 
         runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
         optimum, text = solve_runs(out, Space.from_json(read_json(out / "space.json")), runs, config)
-        facts = provenance(config, optimum, digest(out / "fit.json", "fit"))
+        facts = provenance(config, optimum, out / "fit.json")
+        facts |= {"run_tokens": config.run_tokens, "max_epochs": config.mixtures.max_epochs}  # what the caps are for
         mixture = Mixture.from_weights(optimum["weights"], search.shards_dir, list(search.inventory.valid), facts)
         dataclasses.replace(mixture, epochs=optimum["epochs"]).save(out / "mixture.yaml")
         return text
