@@ -106,6 +106,36 @@ def test_chunked_loss_equals_the_whole(monkeypatch):
         assert (param.grad - gradient).norm() <= 1e-6 * gradient.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_token_losses_equal_cross_entropy_and_its_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, 8, generator=generator, dtype=dtype).requires_grad_() for n in (11, 30))
+    labels, scale = torch.randint(0, 30, (11,)), torch.randn(11, generator=generator, dtype=dtype)
+    scale[3] = 0.0  # a masked token
+    losses = model_module.token_losses(h, w, labels)
+    expected = torch.nn.functional.cross_entropy(h @ w.t(), labels, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    ours = torch.autograd.grad((losses * scale).sum(), (h, w))
+    theirs = torch.autograd.grad((expected * scale).sum(), (h, w))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bf16_matmuls_keep_an_fp32_loss():
+    model = build(scale=2.0)
+    tokens = torch.randint(0, VOCAB, (2, T + 1))
+    full = model(tokens[:, :-1], tokens[:, 1:])
+    full.sum().backward()
+    expected = model.head.weight.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(tokens[:, :-1], tokens[:, 1:])
+    half.sum().backward()
+    assert half.dtype == torch.float32 and model.head.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0, atol=0.1)
+    assert (model.head.weight.grad - expected).norm() < 0.02 * expected.norm()
+
+
 def test_initialisation_depends_on_seed_and_name_alone():
     shape = resolve_shape(ModelConfig(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128), 16, 4096)
     first = dict(GPT(shape, seed=1).named_parameters())
