@@ -18,6 +18,7 @@ from megatron_lite.data.mixture import Mixture
 from megatron_lite.engine.torch_engine import TorchEngine
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import read_jsonl
+from megatron_lite.model import GPT
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import resolve, train
 
@@ -115,6 +116,22 @@ def test_ranks_and_micro_batches_do_not_change_the_gradient(tmp_path, mixture, w
         assert got_loss == pytest.approx(loss, rel=1e-6) and got_norm == pytest.approx(norm, rel=1e-6)
         for name, grad in grads.items():
             assert (grad - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def test_the_gradient_is_that_of_the_masked_mean(tmp_path, mixture):
+    """The engine against plain autograd on the whole batch at once."""
+    mixture.save(tmp_path / "mixture.yaml")
+    grads, _, loss = gradients(str(tmp_path), 2)
+    config = tiny_config(tmp_path / "unused")
+    loader, plan = resolve(config, mixture, Mesh.from_env())
+    tokens, labels = (torch.cat([getattr(b, n) for b in loader.step(0)]) for n in ("tokens_BT", "labels_BT"))
+    mask = tokens % 5 != tokens[:, :1] % 5
+    model = GPT(plan.shape, config.seed)
+    expected = model(tokens, labels)[mask].mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, param in model.named_parameters():
+        assert (grads[name] - param.grad).norm() <= 1e-5 * param.grad.norm(), name
 
 
 def trained(folder: str, overrides: list[str]) -> dict[int, float]:
