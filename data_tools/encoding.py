@@ -87,7 +87,7 @@ def encode_in_order(chunks: Iterator[Chunk], recipe: Recipe, workers: int) -> It
         return
     # spawn: forking a process whose tokenizer or torch threads hold locks can hang the child.
     context = get_context("spawn")
-    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         pending: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
@@ -100,7 +100,7 @@ def encode_in_order(chunks: Iterator[Chunk], recipe: Recipe, workers: int) -> It
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Leave Ctrl-C to the parent, and end when the parent is killed: the pool alone would leave this worker waiting."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()

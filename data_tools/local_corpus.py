@@ -39,6 +39,7 @@ from data_tools.corpus_sources import (
     list_sources,
     read_verified,
 )
+from data_tools.encoding import start_worker
 
 TRAIN_DOMAINS = ("python", "tests", "cpp", "comments", "prose", "tables", "apiref", "typed", "repl", "math")
 TARGETS = ("readme", "messages")
@@ -154,7 +155,7 @@ def in_order(workers: int, function: Callable[[T], R], items: Sequence[T]) -> li
     """`[function(item) for item in items]`, spread over `workers` processes."""
     if workers <= 1 or len(items) <= 1:
         return [function(item) for item in items]
-    with ProcessPoolExecutor(min(workers, len(items))) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), initializer=start_worker) as pool:
         return list(pool.map(function, items))
 
 

@@ -69,6 +69,8 @@ def train_tokenizer(
         _train_sentencepiece(documents, vocab_size, out)
     found = load_tokenizer(out).vocab_size
     if found != vocab_size:
+        for name in TOKENIZER_FILES:  # nobody should use it by mistake
+            (out / name).unlink(missing_ok=True)
         raise ValueError(
             f"{out}: the text only gives {found} of {vocab_size} tokens; use more text or a smaller vocabulary"
         )

@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 a mistake in settings or data, 5 non-finite gradients, 75 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def read_config(args: argparse.Namespace) -> Config:
     """--config, then --set, then the flags that are short for a key."""
     flags = {"mixture": args.mixture, "checkpoint.resume": args.resume, "engine": args.engine, "name": args.name}
-    overrides = args.set + [f"{key}={value}" for key, value in flags.items() if value is not None]
+    overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return load_config(Config, args.config, overrides)
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump(config), end="")
             return 0
         return dry_run(config) if args.dry_run else pretrain(config)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except FloatingPointError as error:

@@ -1,7 +1,7 @@
 """The sizes of a model and what follows from them by arithmetic: parameters and FLOPs. No torch in here.
 
 The presets are RegMix's TinyLlama family (model_training/lit_gpt/config.py of sail-sg/regmix): untied embeddings,
-multi-head attention, SwiGLU, vocabulary 50,432 (GPT-NeoX's, padded to 64) when the shards do not say otherwise.
+multi-head attention, SwiGLU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_lite.config import ModelConfig, nearest
+
+DEFAULT_VOCAB_SIZE = 50432  # GPT-NeoX's 50,277 tokens padded to 64, as RegMix has it
 
 # name: (num_layers, num_heads, num_kv_heads, hidden_size, ffn_hidden_size)
 PRESETS: dict[str, tuple[int, int, int, int, int]] = {
@@ -92,7 +94,7 @@ def resolve_shape(config: ModelConfig, seq_length: int, vocab_size: int | None) 
 
 def _vocab_size(configured: int | None, in_shards: int | None) -> int:
     if configured is None:
-        return in_shards or 50432
+        return in_shards or DEFAULT_VOCAB_SIZE
     if in_shards is not None and configured < in_shards:
         raise ValueError(
             f"model.vocab_size={configured} is below the shards' vocabulary, {in_shards}; leave it out or raise it"

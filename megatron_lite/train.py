@@ -25,6 +25,7 @@ from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import Metrics
 from megatron_lite.optim import learning_rate
 from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
+from megatron_lite.shape import DEFAULT_VOCAB_SIZE
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 # A resumed run may differ in these; in anything else it would be another run.
@@ -114,11 +115,12 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
         micro_batch_size=config.batch.micro_batch_size,
         dp_rank=mesh.rank,
         dp_size=mesh.size,
+        vocab_size=config.model.vocab_size or DEFAULT_VOCAB_SIZE,  # where no sidecar says
     )
     vocab_size = loader.meta.vocab_size if loader.meta else None
     deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
     plan = Plan.resolve(config, mesh.size, vocab_size, mesh.device.type == "cuda", deepspeed)
-    loader.check_epochs(plan.total_steps * config.batch.global_batch_size)
+    loader.check_epochs(config.schedule.total_tokens // config.data.seq_length)  # what was asked, not rounded to steps
     return loader, plan
 
 
@@ -168,7 +170,8 @@ def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
             if run.metrics:
                 run.metrics.evaluation(run.step, {"tokens": run.step * plan.tokens_per_step} | flatten(results))
         stopping = mesh.any(bool(stop)) and not last
-        if config.checkpoint.every and (last or stopping or run.step % config.checkpoint.every == 0):
+        every = config.checkpoint.every
+        if stopping or (every and (last or run.step % every == 0)):
             save(run)
         if stopping:
             raise Preempted(run.step)

@@ -18,7 +18,10 @@ CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and AdamW's two moments
 def describe(search: Search) -> str:
     """The plan of a search as text. Nothing is written, nothing is trained; a few micro-batches time this machine."""
     config = search.config
-    inventory = take_inventory(search.shards_dir) if list(search.shards_dir.glob("train_*.idx")) else None
+    there = config.shards.data_dir is not None or list(search.shards_dir.glob("train_*.idx"))
+    inventory = take_inventory(search.shards_dir) if there else None
+    if inventory is not None:
+        inventory.check_target("fit.target", config.fit.target)
     vocab_size = _vocab_size(search, inventory)
     proxy = resolve(config.proxy, vocab_size)
     lines = [f"search {config.name} -> {search.out}: dry run"]

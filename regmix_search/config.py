@@ -73,7 +73,7 @@ class FitConfig:
     surrogates: tuple[str, ...] = ()  # names in surrogates.py to choose among; empty: all of them
     folds: int = 5  # cross-validation folds
     target: str = "readme"  # validation domain whose loss is minimised
-    target_test: str | None = "readme_test"  # validation domain that only the retrained models are scored on
+    target_test: str | None = None  # validation domain that only the retrained models are scored on; null: none
 
 
 @dataclass(frozen=True)

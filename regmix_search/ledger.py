@@ -88,7 +88,8 @@ class Ledger:
                 _check_same(self.path, self.trials[index], event)
         self.finished = {index: event for index, event in state.finished.items() if index in self.trials}
         # a search in which nothing ever worked has been mended, or nobody would run it again
-        self.failures = state.failures if state.finished else {}
+        failures = state.failures if state.finished else {}
+        self.failures = {index: [*filter(_still_counts, events)] for index, events in failures.items()}
         self.torn_lines = state.torn_lines
         self._running: set[int] = set()
         self._ends_torn = state.ends_torn
@@ -219,6 +220,12 @@ def _refusal(path: str | Path, lines: list[str]) -> str:
         + "\n  ".join(lines)
         + f"\nUndo the change, name another out_dir (--out DIR), or train the proxies anew: rm {path}"
     )
+
+
+def _still_counts(failure: dict[str, Any]) -> bool:
+    """Whether a failure of an earlier session stands: a crash uses up a try and a diverged model stays diverged, but a
+    mistake in settings or data (a ValueError, not retried at once) may have been mended since."""
+    return bool(failure["retry"]) or failure["reason"].startswith("FloatingPointError")
 
 
 def _apply(state: Replay, event: dict[str, Any]) -> None:

@@ -258,8 +258,8 @@ def _warn(result: Mapping[str, Any], fit: Mapping[str, Any], terms: Mapping[str,
         )
     if result["interval90"][1] >= result["objective"]["prior"]:
         warnings.append(
-            f"no significant gain: the prior's predicted loss {result['objective']['prior']:.4f} is not above the "
-            f"optimum's 90 % interval, {result['interval90'][0]:.4f} to {result['interval90'][1]:.4f}"
+            f"the prediction alone shows no significant gain: the prior's {result['objective']['prior']:.4f} is not "
+            f"above the optimum's 90 % interval, {result['interval90'][0]:.4f} to {result['interval90'][1]:.4f}"
         )
     if result["interval90"][0] > result["best_observed"]["loss"]:
         warnings.append(

@@ -30,7 +30,7 @@ TrialFunction = Callable[[Trial], dict[str, Any]]
 
 # A diverged model and a mistake in settings or data: a second try would end the same.
 NOT_RETRIED = (FloatingPointError, ValueError)
-# As many trials failed for good as this, and no success ever, are one mistake and not bad luck: the search stops.
+# As many failures for good in a row as this, divergence apart, are one mistake and not bad luck: the search stops.
 HOPELESS = 3
 TRACEBACK_CHARS = 2000  # of a failure that the ledger keeps, from the end
 
@@ -171,9 +171,9 @@ class LocalPool:
 def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> None:
     """Runs every waiting trial and records each the moment it ends; ends all work when it is interrupted itself.
 
-    Raises ValueError when the first trials all fail for good and none ever succeeded.
+    Raises ValueError when HOPELESS trials in a row fail for good, or as many diverge and none ever succeeded.
     """
-    tokens = 0
+    tokens = streak = 0
     try:
         while True:
             while executor.free() and (trial := ledger.ask()) is not None:
@@ -183,8 +183,12 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> None:
                 return
             for outcome in executor.wait(timeout=0.5):
                 tokens += _record(ledger, outcome, progress)
-            if len(ledger.failed) >= HOPELESS and not ledger.finished:
-                raise ValueError(f"{ledger.path}: no proxy succeeds: {next(iter(ledger.failed.values()))}")
+                failed = ledger.failed.get(outcome.trial.index, "")
+                diverged = failed.startswith("FloatingPointError")
+                streak = streak + (bool(failed) and not diverged) if outcome.result is None else 0
+            if streak >= HOPELESS or (len(ledger.failed) >= HOPELESS and not ledger.finished):
+                reason = list(ledger.failed.values())[-1]
+                raise ValueError(f"{ledger.path}: no proxy succeeds: {reason}. Mend it and run this again")
     finally:
         executor.close()
 

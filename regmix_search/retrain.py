@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,18 @@ def main_config(search: Search, run: MainRun) -> Config:
 
 
 def _prepare(search: Search, run: MainRun) -> None:
-    """Writes what the run is launched with, after removing a run that was launched with anything else."""
+    """Writes what the run is launched with; a folder of a run on other settings or data is moved aside, not deleted."""
     from megatron_lite.data.mixture import Mixture
+    from megatron_lite.train import identity
 
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     config, inventory = main_config(search, run), search.inventory
-    inputs = {"config": to_dict(config), "weights": run.weights, "shards": inventory.digest}
+    inputs = {"config": identity(to_dict(config)), "weights": run.weights, "shards": inventory.digest}
     if read_record(run.beside(".inputs.json")) != inputs:
-        shutil.rmtree(run.folder, ignore_errors=True)
+        if run.folder.exists():
+            old = next(p for n in count(1) if not (p := run.beside(f".old-{n}")).exists())
+            run.folder.rename(old)
+            search.say(f"{run.folder.name}: other settings, mixture or shards than before; the old run is in {old}")
         atomic_write_json(run.beside(".inputs.json"), inputs)
     facts = {"mixture": run.mixture, "search": search.config.name, "shards": inventory.digest}
     mixture = Mixture.from_weights(run.weights, search.shards_dir, list(inventory.valid), facts)

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(search))
             return 0
         return _run(search, args)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -105,7 +105,7 @@ def _run(search: Search, args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with folder_lock(search.out):
         builders = _builders(search, args)
-        if args.stage in ("all", *ORDER[: ORDER.index("fit")]):
+        if not (args.mixtures or args.losses):
             # before anything is made anew: shards of other text would be of no use to the trials that are there
             check_fingerprint(search.out / "trials.jsonl", stages.settings(search.config))
         atomic_write(search.out / "config.yaml", dump(search.config))

@@ -18,6 +18,7 @@ def corpus(search: Search) -> Stage | None:
     folder = search.corpus_dir
 
     def make() -> str:
+        from data_tools.corpus_manifest import compare_with_reference
         from data_tools.local_corpus import build_corpus
 
         manifest = build_corpus(
@@ -27,10 +28,13 @@ def corpus(search: Search) -> Stage | None:
             workers=search.workers(config.workers),
             log=search.say,
         )
+        search.say(compare_with_reference(manifest))
         files = len(_jsonl(folder, TRAIN))
         return f"{files} domains from {len(manifest['settings']['dists'])} packages, see {folder / 'SOURCES.md'}"
 
-    inputs = {"dists": config.dists, "max_tokens_per_domain": config.max_tokens_per_domain}
+    from data_tools.corpus_manifest import FORMAT
+
+    inputs = {"dists": config.dists, "max_tokens_per_domain": config.max_tokens_per_domain, "format": FORMAT}
     return Stage("corpus", inputs, (folder / "MANIFEST.json", folder / "SOURCES.md"), make)
 
 

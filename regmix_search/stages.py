@@ -71,7 +71,8 @@ def settings(config: SearchConfig) -> dict[str, Any]:
     proxy["seq_length"] = config.proxy.data.seq_length
     own_text = [] if config.shards.data_dir else ["corpus", "tokenizer"]
     kept = {key: written[key] for key in ("seed", "shards", "mixtures", *own_text)}
-    for section, key in (("shards", "workers"), ("corpus", "workers"), ("mixtures", "count")):
+    places = (("shards", "data_dir"), ("corpus", "dir"))  # folders may move: their content has a digest of its own
+    for section, key in (("shards", "workers"), ("corpus", "workers"), ("mixtures", "count"), *places):
         kept.get(section, {}).pop(key, None)
     return {"settings": {**kept, "proxy": proxy, "run_tokens": config.run_tokens}}
 
@@ -80,6 +81,8 @@ def proxies(search: Search) -> Stage:
     """losses.csv: every mixture trained and scored on the validation sets, the test target excepted."""
     config, out, inventory = search.config, search.out, search.inventory
     inventory.check_target("fit.target", config.fit.target)
+    if config.fit.target_test is not None:
+        inventory.check_target("fit.target_test", config.fit.target_test)
     trials, path = plan_trials(search), out / "trials.jsonl"
     fingerprint = {**settings(config), "shards": inventory.digest}
     valid = tuple(name for name in inventory.valid if name != config.fit.target_test)
@@ -95,12 +98,16 @@ def proxies(search: Search) -> Stage:
         proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
         function = ProxyTraining(proxy, str(search.shards_dir.resolve()), valid, str(out.resolve() / "proxies"))
         pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
-        with Progress("proxies", search.stream) as progress:
-            run_trials(ledger, pool, progress)
-        if not ledger.finished:
+        try:
+            with Progress("proxies", search.stream) as progress:
+                run_trials(ledger, pool, progress)
+        finally:  # an interrupted search can be fitted on what it has
+            done = dict(sorted(ledger.finished.items()))
+            if done:
+                losses = {d: [event["losses"][d] for event in done.values()] for d in valid}
+                write_losses(out / "losses.csv", list(done), losses)
+        if not done:
             raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
-        done = dict(sorted(ledger.finished.items()))
-        write_losses(out / "losses.csv", list(done), {d: [e["losses"][d] for e in done.values()] for d in valid})
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
         return f"{len(done)} of {len(trials)} done, {sum(e['tokens'] for e in done.values()):,} tokens{failed}"
 
@@ -121,6 +128,7 @@ def fit(search: Search) -> Stage:
         held = [i for i in runs.index if finished.get(i, {}).get("kind") == "holdout"]
         return fit_runs(out, runs, held, search.config)
 
+    digest(out / "trials.jsonl", "proxies")  # it says which runs are held back
     inputs = {**dataclasses.asdict(search.config.fit), "seed": search.config.seed}
     inputs |= {"mixtures": digest(out / "mixtures.csv", "mixtures"), "losses": digest(out / "losses.csv", "proxies")}
     return Stage("fit", inputs, (out / "fit.json",), make)
@@ -140,7 +148,9 @@ def optimize(search: Search) -> Stage:
         optimum, text = solve_runs(out, Space.from_json(read_json(out / "space.json")), runs, config)
         facts = provenance(config, optimum, out / "fit.json")
         facts |= {"run_tokens": config.run_tokens, "max_epochs": config.mixtures.max_epochs}  # what the caps are for
-        mixture = Mixture.from_weights(optimum["weights"], search.shards_dir, list(search.inventory.valid), facts)
+        limits = {domain: config.mixtures.max_epochs for domain, weight in optimum["weights"].items() if weight > 0}
+        valid = list(search.inventory.valid)
+        mixture = Mixture.from_weights(optimum["weights"], search.shards_dir, valid, facts, max_epochs=limits)
         dataclasses.replace(mixture, epochs=optimum["epochs"]).save(out / "mixture.yaml")
         return text
 

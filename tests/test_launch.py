@@ -144,6 +144,15 @@ def test_mistakes_end_with_code_2_and_one_line(files, extra, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_names_and_paths_are_taken_literally(files, tmp_path):
+    path = tmp_path / "a: b #2.yaml"
+    path.write_text((files / "mixture.yaml").read_text().replace("data_dir: shards", f"data_dir: {files / 'shards'}"))
+    done = start(
+        [sys.executable, SCRIPT, *arguments(files, "odd", "--mixture", str(path), "--name", "2024", "--dry-run")]
+    )
+    assert done.returncode == 0 and done.stdout.startswith("2024: dry run"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -175,9 +175,7 @@ def test_out_dir_in_use_is_refused(tmp_path, mixture):
 
 def test_sigterm_saves_and_asks_to_be_run_again(tmp_path, mixture):
     mixture.save(tmp_path / "mixture.yaml")
-    config = tiny_config(
-        tmp_path / "run", "checkpoint={every: 100000}", "schedule.total_tokens=1e7", "log.console=true"
-    )
+    config = tiny_config(tmp_path / "run", "schedule.total_tokens=1e7", "log.console=true")
     (tmp_path / "c.yaml").write_text(dump(config))
     command = [
         sys.executable,

@@ -98,6 +98,31 @@ def test_a_search_in_which_nothing_works_stops_early(tmp_path):
     assert ledger.counts.failed == 3 and pool.workers == []
 
 
+@dataclass(frozen=True)
+class Mended:
+    """Fails with a mistake in the data from the third trial on, until a file says that it was mended."""
+
+    folder: str
+
+    def __call__(self, trial: Trial) -> dict[str, Any]:
+        if trial.index >= 2 and not (Path(self.folder) / "mended").exists():
+            raise ValueError("shards: no train_* shards")
+        return {"losses": {"readme": 1.0}, "tokens": 10}
+
+
+def test_a_mistake_that_fails_every_proxy_stops_the_search_and_can_be_mended(tmp_path):
+    ledger = Ledger(tmp_path / "trials.jsonl", trials(20), {})
+    with pytest.raises(
+        ValueError, match=r"no proxy succeeds: ValueError: shards: no train.*Mend it and run this again"
+    ):
+        run_trials(ledger, LocalPool(Mended(str(tmp_path)), 1), Progress("proxies", io.StringIO()))
+    assert sorted(ledger.finished) == [0, 1] and ledger.counts.failed == 3
+    (tmp_path / "mended").touch()
+    again = Ledger(tmp_path / "trials.jsonl", trials(20), {})
+    run_trials(again, LocalPool(Mended(str(tmp_path)), 1), Progress("proxies", io.StringIO()))
+    assert again.counts == Counts(finished=20, running=0, failed=0, waiting=0)
+
+
 def test_interrupting_the_driver_kills_the_workers(tmp_path):
     class Stop(Exception):
         pass

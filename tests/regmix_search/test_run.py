@@ -229,6 +229,38 @@ class Failing:
         return self.real(trial)
 
 
+def test_finished_models_are_kept_when_only_logging_changes_and_moved_aside_otherwise(smoke, tmp_path):
+    out = copy_search(smoke, tmp_path)
+    runs = sorted(p.name for p in (out / "train").iterdir() if (p / "result.json").is_file())
+    before = {name: (out / "train" / name / "result.json").stat().st_mtime_ns for name in runs}
+    finish(out, "--set", "train.main.log.every=7")
+    assert {name: (out / "train" / name / "result.json").stat().st_mtime_ns for name in runs} == before
+    text = finish(out, "--set", "train.main.optim.lr=1e-3")
+    assert text.count("the old run is in") == len(runs)
+    assert all((out / "train" / f"{name}.old-1" / "result.json").is_file() for name in runs)
+    assert len(json.loads((out / "train.json").read_text())["runs"]) == len(runs)
+
+
+def test_a_misspelt_test_target_is_refused_before_any_proxy(smoke, tmp_path, capsys):
+    shards = tmp_path / "mine"
+    shutil.copytree(smoke.out / "shards", shards)
+    arguments = [*SMOKE, "--out", str(tmp_path / "out"), "--set", f"shards.data_dir={shards}"]
+    assert cli.main([*arguments, "--set", "fit.target_test=readme_tset"]) == 2
+    assert "fit.target_test=readme_tset" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "trials.jsonl").exists()
+
+
+def test_the_mixture_carries_its_caps_to_longer_runs(smoke, tmp_path):
+    command = [sys.executable, "launch/pretrain.py", "--mixture", str(smoke.out / "mixture.yaml"), "--dry-run"]
+    sizes = ["--set", "data.seq_length=64", "--set", "model.preset=demo_proxy", "--set", f"out_dir={tmp_path}"]
+    sizes += ["--set", "batch={global_batch_size: 4, micro_batch_size: 4}", "--set", "schedule.warmup_steps=0"]
+    for tokens, code in ((100_000, 0), (10_000_000, 2)):
+        sized = [*command, *sizes, "--set", f"schedule.total_tokens={tokens}"]
+        done = subprocess.run(sized, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "max_epochs is 4" in done.stderr and "The largest weight allowed" in done.stderr
+
+
 def test_a_failing_proxy_is_recorded_and_left_out(smoke, tmp_path, capsys):
     out = copy_search(smoke, tmp_path, "trials*", "losses.csv", "proxies")
     config = load_search(DEMO, "smoke", (f"out_dir={out}", "train.enabled=false"))
