@@ -10,6 +10,7 @@ from regmix_search.freshness import read_json
 from regmix_search.inventory import Inventory, take_inventory
 from regmix_search.ledger import replay
 from regmix_search.search import Search
+from regmix_search.space import build_space
 
 FORWARD_SHARE = 1 / 3  # of a training token's FLOPs is its forward pass: what scoring a token costs
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and AdamW's two moments
@@ -61,8 +62,8 @@ def _domain_lines(search: Search, inventory: Inventory | None) -> list[str]:
     total = sum(tokens.values())
     lines = [f"domains: {total:,} tokens; caps: {config.mixtures.max_epochs:g} epochs in {config.run_tokens:,} tokens"]
     lines.append(f"  {'domain':<16} {'tokens':>14} {'prior':>8} {'cap':>8}")
-    for name, count in tokens.items():
-        cap = min(1.0, config.mixtures.max_epochs * count / config.run_tokens)
+    space = build_space(tokens, config.run_tokens, config.mixtures.max_epochs)  # refuses caps that no mixture can meet
+    for name, count, cap in zip(space.domains, tokens.values(), space.caps.tolist(), strict=True):
         lines.append(f"  {name:<16} {count:>14,} {count / total:>8.2%} {cap:>8.2%}")
     return lines + [f"  {name:<16} left out: not one sample" for name in left_out]
 

@@ -128,9 +128,9 @@ def fit(search: Search) -> Stage:
         held = [i for i in runs.index if finished.get(i, {}).get("kind") == "holdout"]
         return fit_runs(out, runs, held, search.config)
 
-    digest(out / "trials.jsonl", "proxies")  # it says which runs are held back
     inputs = {**dataclasses.asdict(search.config.fit), "seed": search.config.seed}
     inputs |= {"mixtures": digest(out / "mixtures.csv", "mixtures"), "losses": digest(out / "losses.csv", "proxies")}
+    digest(out / "trials.jsonl", "proxies")  # it says which runs are held back
     return Stage("fit", inputs, (out / "fit.json",), make)
 
 
