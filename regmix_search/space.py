@@ -54,7 +54,7 @@ class Space:
         return (
             f"{text}. {self.max_epochs:g} epochs of the {held:,.0f} tokens of {len(self.domains)} domains are "
             f"{held * self.max_epochs:,.0f}, but target_tokens is {self.target_tokens:,}. Lower target_tokens, "
-            f"add text, or raise max_epochs (to {self.target_tokens / held:.3g} at least) or maximum_usage"
+            f"add text, or raise max_epochs (to {self.target_tokens / held:.3g} at least)"
         )
 
     def named(self, values: FloatArray) -> dict[str, float]:
@@ -276,5 +276,5 @@ def _too_few(space: Space, n: int, kept: int, draws: int, over: FloatArray) -> s
     caps = ", ".join(f"{name} (cap {cap:.4g}) {share:.0%}" for share, name, cap in worst if share > 0)
     return (
         f"only {kept} of {n} mixtures were left of {draws:,} draws; over their caps most often: {caps or 'none'}. "
-        "Raise max_epochs or lower target_tokens, raise min_strength, raise multiplier, or set over_cap to project"
+        "Raise max_epochs or lower target_tokens, raise min_strength, or set over_cap to project"
     )

@@ -177,6 +177,24 @@ def test_a_domain_too_small_for_its_weight_is_refused_with_the_numbers(files, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_from_there(files, tmp_path, number):
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
+    command += arguments(files, "signalled", "--set", "schedule.total_tokens=1e7", "--set", f"out_dir={tmp_path}")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), number)  # not rank 0, which writes
+    process.stdout.read()
+    assert process.wait(60) != 0, "torchrun reports the exit code 75 of its ranks as a failure, so a scheduler requeues"
+    (saved,) = tmp_path.glob("step_*")
+    step = json.loads((saved / "state.json").read_text())["step"]
+    assert step >= 5 and len(curve(tmp_path, "")) == step
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_whole_run(files):
     command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
     command += arguments(files, "killed", "--set", "schedule.total_tokens=1e8")

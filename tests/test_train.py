@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,64 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path, mixture):
         train(tiny_config(tmp_path / "run", "checkpoint={every: 5}", "optim.lr=0.5"), mixture)
     with pytest.raises(ValueError, match="data: shards, weights"):
         train(tiny_config(tmp_path / "run", "checkpoint={every: 5}"), mixture.with_weights({"a": 1.0}))
+
+
+@pytest.mark.parametrize("override", ["schedule.min_lr=1e-4", "precision=bf16", "seed=5", "batch.global_batch_size=4"])
+def test_whatever_changes_the_numbers_is_refused_on_resume(tmp_path, mixture, override):
+    every = "checkpoint={every: 5}"
+    train(tiny_config(tmp_path / "run", every), mixture)
+    with pytest.raises(ValueError, match=override.split("=")[0] + ": "):
+        train(tiny_config(tmp_path / "run", every, override), mixture)
+
+
+def test_whatever_does_not_is_allowed(tmp_path, mixture):
+    train(tiny_config(tmp_path / "run", "checkpoint={every: 4, keep: 9}"), mixture)
+    assert [p.name[-2:] for p in sorted((tmp_path / "run").glob("step_*"))] == ["04", "08", "10"], (
+        "the last step is saved"
+    )
+    shutil.rmtree(tmp_path / "run" / "step_0000010")
+    first = json.loads((tmp_path / "run" / "result.json").read_text())
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.copytree(mixture.data_dir, tmp_path / "moved")
+    changed = ["batch.micro_batch_size=2", "log.every=2", "eval.every=3", f"data.data_dir={tmp_path / 'moved'}"]
+    moved = Mixture.from_weights(dict(zip(mixture.names, mixture.weights, strict=True)), tmp_path / "moved")
+    again = train(tiny_config(tmp_path / "run", "checkpoint={every: 4, keep: 9}", *changed), moved)
+    assert again.losses == pytest.approx(first["losses"], rel=1e-5)
+    rates = [r["perf/tokens_per_s"] for r in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert len(rates) == 9  # steps 1 to 8 of the first run, step 10 of the second: its step 9 is not logged
+
+
+def test_a_run_that_died_after_its_last_checkpoint_is_only_evaluated(tmp_path, mixture):
+    config = tiny_config(tmp_path / "run", "checkpoint={every: 5}")
+    first = train(config, mixture)
+    (tmp_path / "run" / "result.json").unlink()
+    assert train(config, mixture).losses == first.losses
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 10
+
+
+def test_resume_takes_a_folder_or_never(tmp_path, mixture):
+    train(tiny_config(tmp_path / "run", "checkpoint={every: 5}"), mixture)
+    before = losses(tmp_path / "run")
+    other = tiny_config(
+        tmp_path / "other", "checkpoint={every: 5}", f"checkpoint.resume={tmp_path / 'run/step_0000005'}"
+    )
+    train(other, mixture)
+    assert losses(tmp_path / "other") == {step: loss for step, loss in before.items() if step > 5}
+    stamp = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    train(tiny_config(tmp_path / "run", "checkpoint.resume=never"), mixture)
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns > stamp and losses(tmp_path / "run") == before
+
+
+def test_handlers_of_before_come_back(tmp_path, mixture):
+    def mine(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        train(tiny_config(tmp_path / "run"), mixture)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def gradients(folder: str, micro_batch: int) -> tuple[dict[str, torch.Tensor], float, float]:
