@@ -97,7 +97,11 @@ def test_every_artefact_is_there_and_consistent(smoke):
     assert all(abs(sum(float(v) for k, v in row.items() if k != "index") - 1) < 1e-9 for row in mixtures)
     space, optimum = (json.loads((out / name).read_text()) for name in ("space.json", "optimum.json"))
     mixture = yaml.safe_load((out / "mixture.yaml").read_text())
-    weights = {k.removeprefix("train_"): v for k, v in mixture["train"].items()}
+    entries = {
+        k.removeprefix("train_"): v if isinstance(v, dict) else {"weight": v} for k, v in mixture["train"].items()
+    }
+    weights = {domain: entry["weight"] for domain, entry in entries.items()}
+    assert all(entry.get("max_epochs") == (4 if entry["weight"] else None) for entry in entries.values())
     assert weights == pytest.approx(optimum["weights"]) and sum(weights.values()) == pytest.approx(1)
     assert all(weights[d] <= space["caps"][d] + 1e-9 for d in space["domains"])
     assert min(space["caps"].values()) < 0.5, "the smoke preset must make a cap bind"
@@ -230,7 +234,8 @@ class Failing:
 
 
 def test_finished_models_are_kept_when_only_logging_changes_and_moved_aside_otherwise(smoke, tmp_path):
-    out = copy_search(smoke, tmp_path)
+    out = tmp_path / "copy"
+    shutil.copytree(smoke.out, out)
     runs = sorted(p.name for p in (out / "train").iterdir() if (p / "result.json").is_file())
     before = {name: (out / "train" / name / "result.json").stat().st_mtime_ns for name in runs}
     finish(out, "--set", "train.main.log.every=7")
