@@ -223,7 +223,7 @@ def _refusal(path: str | Path, lines: list[str]) -> str:
 
 
 def _still_counts(failure: dict[str, Any]) -> bool:
-    """Whether a failure of an earlier session stands: a crash uses up a try and a diverged model stays diverged, but a
+    """Whether a failure of an earlier run stands: a crash uses up a try and a diverged model stays diverged, but a
     mistake in settings or data (a ValueError, not retried at once) may have been mended since."""
     return bool(failure["retry"]) or failure["reason"].startswith("FloatingPointError")
 
