@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_lite.config import RopeScaling
 
 # B batch, H query heads, G key/value heads (G divides H), T sequence, K head dim
 
@@ -15,11 +19,22 @@ def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
 
 
-def rope_tables(seq_length: int, head_dim: int, theta: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    seq_length: int, head_dim: int, theta: float, device: torch.device | str, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of every position and frequency, each [T, K/2] fp32 (RoFormer, in Llama's half-split layout)."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(seq_length, dtype=torch.float64), frequency)
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    if scaling:
+        frequency = scale_frequency(frequency, scaling)
+    angle = torch.outer(torch.arange(seq_length, dtype=torch.float64, device="cpu"), frequency)
     return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def scale_frequency(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's frequencies: fast ones stay, slow ones are divided by ``factor``, those between are interpolated."""
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # in the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(frequency / scaling.factor, frequency, kept.clamp(0, 1))
 
 
 def apply_rope(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

@@ -23,10 +23,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of slow rotary frequencies (Hugging Face's llama3); the defaults are its 8B's."""
+
+    factor: float = 8.0  # slow frequencies are divided by it
+    low_freq_factor: float = 1.0  # wavelengths above original_max_position_embeddings / this are stretched fully
+    high_freq_factor: float = 4.0  # wavelengths below original_max_position_embeddings / this are left alone
+    original_max_position_embeddings: int = 8192  # context in tokens before the stretching
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-shaped GPT: a preset by name, and any size of it overridden."""
 
-    preset: str = "tinyllama_1M"  # a name in model.PRESETS: tinyllama_1M, tinyllama_60M, tinyllama_1_1b, ...
+    preset: str = "tinyllama_1M"  # a name in shape.PRESETS: tinyllama_1M, tinyllama_60M, doremi_120M, ...
     num_layers: int | None = None  # transformer blocks; null: the preset's
     hidden_size: int | None = None  # width of the residual stream; null: the preset's
     num_heads: int | None = None  # query heads; null: the preset's
@@ -34,6 +44,7 @@ class ModelConfig:
     ffn_hidden_size: int | None = None  # width of the SwiGLU; null: the preset's
     vocab_size: int | None = None  # token ids; null: what the shards' sidecar says
     rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None = None  # Llama 3.1's long-context frequencies; null: plain RoPE
     norm_eps: float = 1e-5  # RMSNorm epsilon, inside the square root
     tie_embeddings: bool = False  # share the input embedding with the output head
 

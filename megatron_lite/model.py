@@ -101,7 +101,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos_TK, sin_TK = rope_tables(shape.seq_length, shape.head_dim, shape.rope_theta, "cpu")
+        cos_TK, sin_TK = rope_tables(shape.seq_length, shape.head_dim, shape.rope_theta, "cpu", shape.rope_scaling)
         self.register_buffer("cos_TK", cos_TK, persistent=False)
         self.register_buffer("sin_TK", sin_TK, persistent=False)
         init_params(self, shape, seed)

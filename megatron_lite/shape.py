@@ -1,14 +1,15 @@
 """The sizes of a model and what follows from them by arithmetic: parameters and FLOPs. No torch in here.
 
-The presets are RegMix's TinyLlama family (model_training/lit_gpt/config.py of sail-sg/regmix): untied embeddings,
-multi-head attention, SwiGLU.
+RegMix's presets are its TinyLlama family (model_training/lit_gpt/config.py of sail-sg/regmix): untied embeddings,
+multi-head attention, SwiGLU. DoReMi's (Xie et al. 2023, table 5) are GELU blocks with ffn 4 d; SwiGLU at 8/3 d has as
+many weights. Its 120M and 280M differ in the vocabulary alone, which configs/model/ sets, with the tied embeddings.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config import ModelConfig, nearest
+from megatron_lite.config import ModelConfig, RopeScaling, nearest
 
 DEFAULT_VOCAB_SIZE = 50432  # GPT-NeoX's 50,277 tokens padded to 64, as RegMix has it
 
@@ -17,6 +18,9 @@ PRESETS: dict[str, tuple[int, int, int, int, int]] = {
     "tinyllama_1M": (2, 8, 8, 256, 512),
     "tinyllama_60M": (10, 8, 8, 768, 1536),
     "tinyllama_1_1b": (22, 16, 16, 2048, 5632),
+    "doremi_120M": (12, 12, 12, 768, 2048),
+    "doremi_280M": (12, 12, 12, 768, 2048),
+    "doremi_8B": (32, 32, 32, 4096, 11008),  # 8/3 d rounded up to a multiple of 256, as Llama does
     # CPU sizes of the demo: the proxy trains in seconds, the target has over four times its body.
     "demo_proxy": (2, 4, 4, 64, 128),
     "demo_target": (4, 4, 4, 128, 320),
@@ -37,6 +41,7 @@ class ModelShape:
     rope_theta: float
     norm_eps: float
     tie_embeddings: bool
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_dim(self) -> int:
@@ -87,6 +92,7 @@ def resolve_shape(config: ModelConfig, seq_length: int, vocab_size: int | None) 
         rope_theta=config.rope_theta,
         norm_eps=config.norm_eps,
         tie_embeddings=config.tie_embeddings,
+        rope_scaling=config.rope_scaling,
     )
     _check(shape)
     return shape
@@ -110,6 +116,9 @@ def _check(shape: ModelShape) -> None:
         raise ValueError(f"model: head size {h}/{n}={shape.head_dim} must be even for rotary embeddings")
     if n % kv:
         raise ValueError(f"model.num_heads={n} is not divisible by model.num_kv_heads={kv}")
+    scaling = shape.rope_scaling
+    if scaling and not (scaling.factor >= 1 and 0 < scaling.low_freq_factor < scaling.high_freq_factor):
+        raise ValueError(f"model.rope_scaling={scaling}: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
     for name in ("num_layers", "ffn_hidden_size", "vocab_size", "seq_length"):
         if getattr(shape, name) < 1:
             raise ValueError(f"model: {name}={getattr(shape, name)} must be at least 1")
