@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.table import Row, parse_args, print_rows, rate_row
 from megatron_lite.config import ModelConfig, OptimConfig
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer
+from megatron_lite.optim import build_optimizer, param_groups
 from megatron_lite.shape import ModelShape, resolve_shape
 
 # key: preset, vocabulary, sequence length, sequences a step, steps a repetition
@@ -50,7 +50,7 @@ def hugging_face(shape: ModelShape) -> nn.Module:
 
 def stepper(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
     """One training step of a model, as the engine does it."""
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(param_groups(model, OptimConfig().weight_decay), OptimConfig())
 
     def step(tokens: Tensor) -> None:
         loss_of(tokens).backward()

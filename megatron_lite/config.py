@@ -91,7 +91,7 @@ class OptimConfig:
 class ParallelConfig:
     """How ranks share the work; the data-parallel size is what is left."""
 
-    zero_stage: int = 0  # 0: every rank keeps the optimizer state; 1: ranks shard it
+    zero_stage: int = 0  # 1: ranks shard the optimizer state; 2: gradients too (DeepSpeed only); 0: neither
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: ScheduleConf
     return schedule.min_lr + (lr - schedule.min_lr) * share
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices (the embedding included, as in TinyLlama) decay, norms do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -37,7 +38,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW over ``param_groups``: one kernel for the whole step, on CPU and on GPU."""
-    groups = param_groups(model, config.weight_decay)
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over groups like those of ``param_groups``: one kernel for the whole step, CPU and GPU."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -125,10 +125,10 @@ def _check(config: Config, engine: str, total_steps: int) -> None:
         raise ValueError(f"schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1]")
     if schedule.decay != "constant" and schedule.min_lr > config.optim.lr:
         raise ValueError(f"schedule.min_lr={schedule.min_lr} is above optim.lr={config.optim.lr}")
-    if stage not in (0, 1):
-        raise ValueError(f"parallel.zero_stage={stage}: 0 and 1 are supported (weights at rest are ours, not ZeRO's)")
-    if stage and engine == "torch":
-        raise ValueError("parallel.zero_stage=1 needs the DeepSpeed engine: --engine deepspeed, or set it to 0")
+    if stage not in (0, 1, 2):
+        raise ValueError(f"parallel.zero_stage={stage}: 0 to 2 are supported (weights at rest are ours, not ZeRO's)")
+    if stage == 2 and engine == "torch":
+        raise ValueError("parallel.zero_stage=2 needs the DeepSpeed engine: --engine deepspeed, or set it to 0 or 1")
     if config.deepspeed and engine == "torch":
         raise ValueError("deepspeed: has keys, but the engine is torch; use --engine deepspeed or remove them")
     for key in ("every", "keep"):

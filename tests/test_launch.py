@@ -76,7 +76,7 @@ def test_torchrun_two_ranks(files, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
     name = f"deepspeed-{stage}-{ranks}"

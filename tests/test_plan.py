@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lite.config import Config, ModelConfig, ScheduleConfig, load_config
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, learning_rate
+from megatron_lite.optim import build_optimizer, learning_rate, param_groups
 from megatron_lite.plan import Plan, duration, peak_flops
 from megatron_lite.shape import PRESETS, resolve_shape
 
@@ -61,8 +61,8 @@ def test_steps_and_tokens_are_derived():
         (["model.vocab_size=100"], "model.vocab_size=100 is below the shards' vocabulary, 50432"),
         (["schedule.warmup_steps=9999999"], "schedule.warmup_steps=9999999 must lie in"),
         (["schedule.min_lr=1.0"], "schedule.min_lr=1.0 is above optim.lr"),
-        (["parallel.zero_stage=1"], "needs the DeepSpeed engine"),
-        (["parallel.zero_stage=3", "engine=deepspeed"], "0 and 1 are supported"),
+        (["parallel.zero_stage=2"], "needs the DeepSpeed engine"),
+        (["parallel.zero_stage=3", "engine=deepspeed"], "0 to 2 are supported"),
         (["deepspeed={a: 1}"], "the engine is torch"),
     ],
 )
@@ -99,7 +99,7 @@ def test_learning_rate_table():
 
 def test_only_matrices_decay():
     model = GPT(resolve_shape(ModelConfig(preset="demo_proxy"), 32, 100))
-    decayed, plain = build_optimizer(model, Config().optim).param_groups
+    decayed, plain = build_optimizer(param_groups(model, Config().optim.weight_decay), Config().optim).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     assert all(names[id(p)].endswith("norm.weight") for p in plain["params"]) and plain["weight_decay"] == 0.0
     assert decayed["weight_decay"] == 0.1 and len(plain["params"]) == 5

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine at ZeRO 0 and 1, drawing the same curve as TorchEngine. The only file that imports deepspeed.
+"""DeepSpeed's engine at ZeRO 0, 1 and 2, drawing the same curve as TorchEngine. The only file that imports deepspeed.
 
 Its JSON is generated from our config: a user's ``deepspeed:`` block may only add keys that we do not own. Learning rate
 and weights at rest stay ours. Facts about DeepSpeed 0.19 that shape this file are in docs/decisions.md.
@@ -21,7 +21,7 @@ from megatron_lite.engine import StepStats
 from megatron_lite.engine.torch_engine import compile_in_place, moments, set_moments, summed_loss
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer
+from megatron_lite.optim import build_optimizer, param_groups
 from megatron_lite.plan import Plan
 
 OWNED = {  # DeepSpeed's key: the key of ours that decides it
@@ -47,7 +47,7 @@ class DeepSpeedEngine:
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
-        self.optimizer = build_optimizer(self.module, config.optim)
+        self.optimizer = build_optimizer(param_groups(self.module, config.optim.weight_decay), config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
         _ensure_process_group(mesh)
         self.engine, *_ = deepspeed.initialize(
@@ -68,7 +68,7 @@ class DeepSpeedEngine:
         return total
 
     def step(self, lr: float) -> StepStats:
-        """See Engine.step. At ZeRO 1 the norm is known after the update, so a non-finite one is only reported."""
+        """See Engine.step. From ZeRO 1 on the norm is known after the update, so a non-finite one is only reported."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         if self.stage > 0:

@@ -15,14 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
 from megatron_lite.engine import StepStats
+from megatron_lite.engine.zero import ZeroAdamW
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer
+from megatron_lite.optim import build_optimizer, param_groups
 from megatron_lite.plan import Plan
 
 
 class TorchEngine:
-    """fp32 parameters and moments, autocast compute, fused AdamW, gradients averaged by DDP."""
+    """fp32 parameters and moments, autocast compute, fused AdamW (its moments sharded at ZeRO 1), gradients by DDP."""
 
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         self.mesh, self.clip_grad = mesh, config.optim.clip_grad
@@ -33,7 +34,11 @@ class TorchEngine:
         self.ddp: nn.Module = self.module
         if mesh.size > 1:
             self.ddp = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-        self.optimizer = build_optimizer(self.module, config.optim)
+        self.optimizer: torch.optim.AdamW | ZeroAdamW
+        if plan.zero_stage and mesh.size > 1:
+            self.optimizer = ZeroAdamW(self.module, config.optim, None, mesh.rank, mesh.size)
+        else:
+            self.optimizer = build_optimizer(param_groups(self.module, config.optim.weight_decay), config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
@@ -60,11 +65,16 @@ class TorchEngine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """See Engine.state_dict."""
+        if isinstance(self.optimizer, ZeroAdamW):
+            return self.optimizer.moments()
         return moments(self.module, self.optimizer)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See Engine.load_state_dict."""
-        set_moments(self.module, self.optimizer, state)
+        if isinstance(self.optimizer, ZeroAdamW):
+            self.optimizer.set_moments(state)
+        else:
+            set_moments(self.module, self.optimizer, state)
 
     def _no_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or self.mesh.size == 1:

@@ -1,0 +1,92 @@
+"""ZeRO-1: the optimizer's moments cut over the data-parallel ranks (Rajbhandari et al. 2020), with PyTorch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lite.config import OptimConfig
+from megatron_lite.optim import build_optimizer, param_groups
+
+BUCKET = 1 << 26  # elements sent at once: 256 MiB of fp32 on its way, whatever the model's size
+
+
+class ZeroAdamW:
+    """AdamW over slices: rank r updates the r-th piece of every parameter, then all ranks share their pieces.
+
+    Cut by elements, not by parameters (torch's ZeroRedundancyOptimizer): a proxy is one embedding and little else, and
+    whoever owned it would own the model. A slice is a view, so the update happens in the parameter itself.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimConfig, group: dist.ProcessGroup | None, rank: int, size: int):
+        self.params, self.group, self.rank, self.size = dict(module.named_parameters()), group, rank, size
+        self.slices = {param: nn.Parameter(self._mine(param.detach())) for param in self.params.values()}
+        groups = param_groups(module, config.weight_decay)
+        for entry in groups:
+            entry["params"] = [self.slices[param] for param in entry["params"]]
+        self.optimizer = build_optimizer(groups, config)
+        self.param_groups = self.optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update; afterwards every rank holds every parameter's new value. Gradients must be reduced by now."""
+        for param, piece in self.slices.items():
+            piece.grad = None if param.grad is None else self._mine(param.grad)
+        self.optimizer.step()
+        for bucket in _buckets(self.slices):
+            sent = torch.cat([self._padded(self.slices[param].detach(), param) for param in bucket])
+            received = sent.new_empty(self.size * len(sent))
+            dist.all_gather_into_tensor(received, sent, group=self.group)  # each sends its pieces, receives all pieces
+            widths = [self._width(param) for param in bucket]
+            for param, pieces in zip(bucket, received.view(self.size, -1).split(widths, dim=1), strict=True):
+                param.view(-1).copy_(pieces.reshape(-1)[: param.numel()])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of the parameters and of their slices."""
+        for param, piece in self.slices.items():
+            param.grad = piece.grad = None
+
+    def moments(self) -> dict[str, Tensor]:
+        """The logical state, gathered parameter by parameter; every rank must call."""
+        states = [self.optimizer.state.get(piece, {}) for piece in self.slices.values()]
+        out = {"step": torch.as_tensor(states[0].get("step", 0.0)).detach().float().cpu().reshape(())}
+        for (name, param), state in zip(self.params.items(), states, strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                piece = state.get(moment, torch.zeros_like(self.slices[param]))
+                received = piece.new_empty(self.size * self._width(param))
+                # each rank sends its piece of this moment and receives the whole
+                dist.all_gather_into_tensor(received, self._padded(piece, param), group=self.group)
+                out[f"{moment}/{name}"] = received[: param.numel()].view(param.shape)
+        return out
+
+    def set_moments(self, state: dict[str, Tensor]) -> None:
+        """Keeps this rank's pieces of what ``moments`` gave, from any rank count."""
+        for name, param in self.params.items():
+            piece = self.slices[param]
+            restored = {"step": state["step"].clone().to(piece.device)}
+            for moment in ("exp_avg", "exp_avg_sq"):
+                restored[moment] = self._mine(state[f"{moment}/{name}"]).clone().to(piece.device)
+            self.optimizer.state[piece] = restored
+
+    def _width(self, param: Tensor) -> int:
+        return -(-param.numel() // self.size)
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        start = self.rank * self._width(whole)
+        return whole.reshape(-1)[start : start + self._width(whole)]
+
+    def _padded(self, piece: Tensor, param: Tensor) -> Tensor:
+        return nn.functional.pad(piece, (0, self._width(param) - piece.numel()))
+
+
+def _buckets(params: dict[nn.Parameter, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for param in params:
+        if bucket and sum(p.numel() for p in bucket) + param.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(param)
+    yield bucket
