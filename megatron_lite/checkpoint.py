@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,40 @@ def save_checkpoint(
     for old in complete_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+class Saver:
+    """Saves one run's checkpoints, in a thread of its own where asked; never two at once, the last one waited for.
+
+    ``save`` returns when the tensors may change again: they are copied to the CPU before the thread starts. An error
+    of the writer is raised by the next ``save`` or ``wait``, so a run never goes on for long without being saved.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, asynchronous: bool) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[Path] | None = None
+
+    def save(self, step: int, model: Mapping[str, Tensor], optim: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """See save_checkpoint."""
+        self.wait()
+        if self._writer is None:
+            save_checkpoint(self.run_dir, step, model, optim, state, self.keep)
+            return
+        copies = [{k: v.detach().to("cpu", copy=True) for k, v in tensors.items()} for tensors in (model, optim)]
+        self._pending = self._writer.submit(save_checkpoint, self.run_dir, step, *copies, state, self.keep)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises what the writer met."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and ends the thread."""
+        if self._writer is not None:
+            self._writer.shutdown(wait=True)
+        self.wait()
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -115,3 +116,56 @@ def test_atomic_write_replaces_whole_files(tmp_path):
     atomic_write(path, json.dumps([1]))
     atomic_write(path, json.dumps([2]))
     assert json.loads(path.read_text()) == [2] and os.listdir(tmp_path) == ["x.json"]
+
+
+def slow_writer(monkeypatch, gate: threading.Event) -> list[int]:
+    """Every checkpoint waits for `gate`; the steps whose writing has begun."""
+    real, begun = checkpoint.save_checkpoint, []
+
+    def wait_then_save(run_dir, step, *rest):
+        begun.append(step)
+        assert gate.wait(20)
+        return real(run_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", wait_then_save)
+    return begun
+
+
+def test_an_asynchronous_save_holds_the_tensors_of_its_moment(tmp_path, monkeypatch):
+    gate = threading.Event()
+    slow_writer(monkeypatch, gate)
+    weights, saver = torch.zeros(4), checkpoint.Saver(tmp_path, 2, asynchronous=True)
+    saver.save(1, {"w": weights}, {"step": torch.zeros(())}, {})
+    weights += 1  # the next step's update, while the writer has not begun to write
+    assert checkpoint.complete_checkpoints(tmp_path) == []
+    gate.set()
+    saver.close()
+    loaded = checkpoint.load_tensors(tmp_path / "step_0000001", "model.safetensors", {"w": weights.shape})
+    assert torch.equal(loaded["w"], torch.zeros(4))
+
+
+def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
+    gate = threading.Event()
+    begun = slow_writer(monkeypatch, gate)
+    saver = checkpoint.Saver(tmp_path, 2, asynchronous=True)
+    saver.save(1, MODEL, OPTIM, {})
+    second = threading.Thread(target=saver.save, args=(2, MODEL, OPTIM, {}))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and begun == [1]
+    gate.set()
+    second.join(20)
+    saver.close()
+    assert begun == [1, 2] and len(checkpoint.complete_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("at", ["next save", "close"])
+def test_what_the_writer_meets_is_raised(tmp_path, monkeypatch, at):
+    def broken(*_):
+        raise OSError("no space left on device")
+
+    saver = checkpoint.Saver(tmp_path, 2, asynchronous=True)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", broken)
+    saver.save(1, MODEL, OPTIM, {})
+    with pytest.raises(OSError, match="no space left"):
+        saver.save(2, MODEL, OPTIM, {}) if at == "next save" else saver.close()
