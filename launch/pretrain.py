@@ -84,6 +84,7 @@ def pretrain(config: Config) -> int:
 def dry_run(config: Config) -> int:
     """Prints what the run would do: every derived number, tokens and epochs by domain, FLOPs, the expected time."""
     from megatron_lite.mesh import Mesh
+    from megatron_lite.optim import schedule_table
     from megatron_lite.speed import measure_speed
     from megatron_lite.train import load_mixture, resolve
 
@@ -91,9 +92,10 @@ def dry_run(config: Config) -> int:
     loader, plan = resolve(config, mixture, mesh)
     speed = measure_speed(config, plan, mesh)
     if mesh.is_main:
-        print(
-            f"{config.name}: dry run\n{plan.table(speed.tokens_per_s, speed.source)}\n  {'domain':<16}  weight  epochs"
-        )
+        print(f"{config.name}: dry run\n{plan.table(speed.tokens_per_s, speed.source)}")
+        rates = schedule_table(plan.total_steps, config.optim.lr, config.schedule)
+        print("  lr at step  " + ", ".join(f"{step:,}: {rate:.3g}" for step, rate in rates))
+        print(f"  {'domain':<16}  weight  epochs")
         epochs = loader.epochs(plan.total_steps * config.batch.global_batch_size)
         for name, weight in zip(mixture.names, mixture.weights, strict=True):
             print(f"  {name:<16} {weight:7.4f} {epochs[name]:7.2f}")

@@ -72,8 +72,8 @@ class Saver:
         if self._writer is None:
             save_checkpoint(self.run_dir, step, model, optim, state, self.keep)
             return
-        copies = [{k: v.detach().to("cpu", copy=True) for k, v in tensors.items()} for tensors in (model, optim)]
-        self._pending = self._writer.submit(save_checkpoint, self.run_dir, step, *copies, state, self.keep)
+        params, moments = ({k: v.detach().to("cpu", copy=True) for k, v in x.items()} for x in (model, optim))
+        self._pending = self._writer.submit(save_checkpoint, self.run_dir, step, params, moments, state, self.keep)
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises what the writer met."""

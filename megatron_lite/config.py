@@ -108,6 +108,7 @@ class CheckpointConfig:
 
     every: int = 0  # optimizer steps between checkpoints; 0: save nothing
     keep: int = 2  # complete checkpoints kept, newest first
+    async_save: bool = False  # write in a thread while training goes on; costs a copy of model and optimizer in memory
     resume: str = "auto"  # auto: newest complete one in out_dir | never | a step_* folder
 
 
@@ -117,6 +118,7 @@ class LogConfig:
 
     every: int = 10  # optimizer steps between log lines
     tensorboard: bool = False  # also write TensorBoard events under out_dir/tensorboard
+    wandb: bool = False  # also log to Weights & Biases (its own WANDB_* variables say where); needs pip install wandb
     console: bool = True  # print the table of the plan and one line a log step (rank 0)
 
 

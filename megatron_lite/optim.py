@@ -29,6 +29,14 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: ScheduleConf
     return schedule.min_lr + (lr - schedule.min_lr) * share
 
 
+def schedule_table(total_steps: int, lr: float, schedule: ScheduleConfig) -> list[tuple[int, float]]:
+    """The steps (1-based) at which the curve turns, and quarters between, with their learning rates."""
+    decay = total_steps - round(schedule.decay_fraction * total_steps) if schedule.decay == "wsd" else 0
+    quarters = [round(total_steps * share / 4) for share in range(5)]
+    steps = sorted({max(1, s) for s in [*quarters, schedule.warmup_steps, decay]})
+    return [(step, learning_rate(step - 1, total_steps, lr, schedule)) for step in steps]
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices (the embedding included, as in TinyLlama) decay, norms do not."""
     params = [p for p in model.parameters() if p.requires_grad]

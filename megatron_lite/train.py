@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,10 @@ from megatron_lite.engine import Engine, build_engine, optim_names
 from megatron_lite.evaluate import EvalResult, evaluate, flatten
 from megatron_lite.files import atomic_write, atomic_write_json, folder_lock
 from megatron_lite.mesh import Mesh
-from megatron_lite.metrics import Metrics
+from megatron_lite.metrics import Metrics, Stopwatch
 from megatron_lite.optim import learning_rate
 from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
+from megatron_lite.process import collect_garbage, manual_gc, stop_signal
 from megatron_lite.shape import DEFAULT_VOCAB_SIZE
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
@@ -66,7 +65,8 @@ class Run:
     loader: BlendedLoader
     eval_sets: list[EvalSet]
     engine: Engine
-    metrics: Metrics | None  # rank 0 only
+    saver: checkpoint.Saver
+    metrics: Metrics | None = None  # rank 0 only
     step: int = 0  # optimizer steps completed; consumed samples follow from it
 
 
@@ -89,8 +89,13 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
             return done
         run = build(config, mixture, mesh, loader, plan)
         start = time.perf_counter()
-        with stop_signal() as stop:
-            results = loop(run, stop)
+        try:
+            with stop_signal() as stop, manual_gc():
+                results = loop(run, stop)
+        finally:
+            run.saver.close()  # also after a signal: the checkpoint that is being written is the one to resume from
+            if run.metrics:
+                run.metrics.close()
         result = collect(run, results, time.perf_counter() - start, run_hash)
         if mesh.is_main:
             atomic_write_json(config.run_dir / "result.json", dataclasses.asdict(result))
@@ -130,15 +135,16 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         EvalSet(name, prefixes, config.data.seq_length, config.eval.max_tokens, config.batch.micro_batch_size)
         for name, prefixes in mixture.valid.items()
     ]
-    run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), None)
+    saver = checkpoint.Saver(config.run_dir, config.checkpoint.keep, config.checkpoint.async_save)
+    run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver)
     load(run)
     if mesh.is_main:
-        run_dir, log = config.run_dir, config.log
-        run.metrics = Metrics(run_dir, plan.total_steps, log.tensorboard, log.console, run.step)
+        run_dir = config.run_dir
+        run.metrics = Metrics(config, plan.total_steps, run.step)
         atomic_write(run_dir / "config.yaml", dump(config))
         mixture.save(run_dir / "mixture.yaml")
         atomic_write_json(run_dir / "plan.json", plan.to_dict())
-        if log.console:
+        if config.log.console:
             print(f"{config.name}: {'resumed at step ' + str(run.step) if run.step else 'new run'}\n{plan.table()}")
     return run
 
@@ -147,9 +153,10 @@ def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
     """Every step of the run, in order. ``stop`` fills when a signal arrives. Returns the last evaluation."""
     config, plan, mesh, engine = run.config, run.plan, run.mesh, run.engine
     results: dict[str, EvalResult] = {}
-    clock, logged_step = time.perf_counter(), run.step
+    watch = Stopwatch()
     while run.step < plan.total_steps:
-        micro_batches = run.loader.step(run.step)
+        with watch.waiting_for_data():
+            micro_batches = run.loader.step(run.step)
         local_tokens = torch.stack([b.loss_mask_BT.sum(dtype=torch.float64) for b in micro_batches]).sum()
         num_loss_tokens = mesh.sum(local_tokens.to(mesh.device)).item()
         loss_sum = engine.forward_backward(micro_batches, num_loss_tokens)
@@ -162,13 +169,13 @@ def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
         last = run.step == plan.total_steps
         if last or run.step % config.log.every == 0:
             loss = (mesh.sum(loss_sum.double()) / num_loss_tokens).item()
-            rate = (run.step - logged_step) * plan.tokens_per_step / (time.perf_counter() - clock)
-            log(run, {"train/loss": loss, "train/lr": lr, "train/grad_norm": stats.grad_norm}, rate)
-            clock, logged_step = time.perf_counter(), run.step
+            values = {"train/loss": loss, "train/lr": lr, "train/grad_norm": stats.grad_norm}
+            log(run, values | watch.lap(plan.tokens_per_step, mesh.device))
         if last or (config.eval.every and run.step % config.eval.every == 0):
             results = evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)
             if run.metrics:
                 run.metrics.evaluation(run.step, {"tokens": run.step * plan.tokens_per_step} | flatten(results))
+        collect_garbage(run.step)
         stopping = mesh.any(bool(stop)) and not last
         every = config.checkpoint.every
         if stopping or (every and (last or run.step % every == 0)):
@@ -178,14 +185,13 @@ def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
     return results or evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)
 
 
-def log(run: Run, values: dict[str, float], tokens_per_s: float) -> None:
+def log(run: Run, values: dict[str, float]) -> None:
     """One line of metrics on rank 0, with the model FLOPs utilisation where the GPU's peak is known."""
     if run.metrics is None:
         return
-    values["perf/tokens_per_s"] = tokens_per_s
     peak = peak_flops(torch.cuda.get_device_name()) if run.mesh.device.type == "cuda" else None
     if peak:
-        values["perf/mfu"] = tokens_per_s * run.plan.flops_per_token / (peak * run.mesh.size)
+        values["perf/mfu"] = values["perf/tokens_per_s"] * run.plan.flops_per_token / (peak * run.mesh.size)
     run.metrics.train(run.step, values)
 
 
@@ -211,7 +217,7 @@ def save(run: Run) -> None:
             "plan": run.plan.to_dict(),
         }
         model = dict(run.engine.module.named_parameters())
-        checkpoint.save_checkpoint(run.config.run_dir, run.step, model, optim, state, run.config.checkpoint.keep)
+        run.saver.save(run.step, model, optim, state)
     run.mesh.barrier()
 
 
@@ -272,18 +278,3 @@ def collect(run: Run, results: dict[str, EvalResult], seconds: float, run_hash: 
         run_dir=str(run.config.run_dir),
         run_hash=run_hash,
     )
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """A list that fills when SIGTERM or SIGUSR1 arrives; the handlers of before come back at the end."""
-    received: list[int] = []
-    try:
-        before = {s: signal.signal(s, lambda n, _: received.append(n)) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

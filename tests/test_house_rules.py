@@ -17,7 +17,7 @@ ARROWS = {  # package -> the packages of ours that it may import
     "benchmarks": {"benchmarks", "launch", "regmix_search", "data_tools", "megatron_lite"},
 }
 ARROWS_INSIDE = {("regmix_search", "data_tools")}  # only inside a function: fit and optimize need no corpus
-ORDER = "config rng files | shape mesh data | plan tensor_parallel attention | model optim | \
+ORDER = "config rng files process | shape mesh data | plan tensor_parallel attention | model optim | \
     engine checkpoint evaluate metrics hf speed | train | testing __init__"  # a room imports only rooms to its left
 LEVEL = {room: i for i, cell in enumerate(ORDER.split("|")) for room in cell.split()}
 BARRED = {  # beyond ORDER: room of the core -> what it must not know

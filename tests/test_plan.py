@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lite.config import Config, ModelConfig, ScheduleConfig, load_config
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, learning_rate, param_groups
+from megatron_lite.optim import build_optimizer, learning_rate, param_groups, schedule_table
 from megatron_lite.plan import Plan, duration, peak_flops
 from megatron_lite.shape import PRESETS, resolve_shape
 
@@ -95,6 +95,19 @@ def test_learning_rate_table():
     assert learning_rate(50, 100, 1.0, ScheduleConfig(warmup_steps=0, decay="constant")) == 1.0
     linear = ScheduleConfig(warmup_steps=0, decay="linear", min_lr=0.0)
     assert learning_rate(49, 100, 1.0, linear) == pytest.approx(0.5)
+
+
+def test_the_previewed_curve_names_where_it_turns():
+    wsd = ScheduleConfig(warmup_steps=10, decay="wsd", min_lr=0.0, decay_fraction=0.2)
+    assert schedule_table(100, 1.0, wsd) == [
+        (1, 0.1),
+        (10, 1.0),
+        (25, 1.0),
+        (50, 1.0),
+        (75, 1.0),
+        (80, 1.0),
+        (100, 0.0),
+    ]
 
 
 def test_only_matrices_decay():

@@ -1,5 +1,6 @@
 """The loop: resume is bitwise, ranks and micro-batches change nothing, faults are named, the curve is golden."""
 
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from megatron_lite.engine.torch_engine import TorchEngine
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import read_jsonl
 from megatron_lite.model import GPT
+from megatron_lite.process import manual_gc
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import resolve, train
 
@@ -309,3 +311,22 @@ def test_golden_curve_of_200_steps(tmp_path, mixture):
     assert len(curve) == 200
     # the last bits of a matmul differ between CPUs; a change of the mathematics is far larger than this
     assert max(abs(a - b) for a, b in zip(curve, golden["loss"], strict=True)) <= 1e-4
+
+
+def test_an_asynchronous_run_saves_what_a_synchronous_one_saves(tmp_path, mixture):
+    for name in ("plain", "async"):
+        train(tiny_config(tmp_path / name, f"checkpoint={{every: 3, keep: 9, async_save: {name == 'async'}}}"), mixture)
+    saved = [sorted(p.parent.name for p in (tmp_path / n).glob("step_*/COMPLETE")) for n in ("plain", "async")]
+    assert saved[0] == saved[1] and len(saved[0]) == 4
+    for step in saved[0]:
+        for file in ("model.safetensors", "optim.safetensors"):
+            a, b = ((tmp_path / n / step / file).read_bytes() for n in ("plain", "async"))
+            assert a == b, (step, file)
+
+
+def test_no_garbage_is_collected_behind_the_loops_back():
+    assert gc.isenabled()
+    with pytest.raises(KeyError), manual_gc():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
