@@ -45,6 +45,7 @@ def merge(prefixes: Sequence[str | Path], output_prefix: str | Path) -> ShardMet
         dtype=metas[0].dtype,
         sources=[source for meta in metas for source in meta.sources],
         bin_xxh3=writer.bin_xxh3,
+        layout=writer.layout,
         extra={
             "merged_from": [Path(shard.prefix).name for shard in shards],
             "num_bad_lines": sum(meta.extra.get("num_bad_lines", 0) for meta in metas),

@@ -104,10 +104,8 @@ def preprocess(
         dtype=optimal_dtype(tokenizer.vocab_size).name,
     )
     most_workers = 1 + sum(source["size"] for source in sources) // CHUNK_BYTES  # more would have nothing to do
-    tally, bin_xxh3 = _write(
-        prefix, files, recipe, min(workers or _num_cores(), most_workers), max_tokens, log_interval
-    )
-    meta = _describe(tally, tokenizer, recipe, sources, settings, bin_xxh3)
+    tally, writer = _write(prefix, files, recipe, min(workers or _num_cores(), most_workers), max_tokens, log_interval)
+    meta = _describe(tally, tokenizer, recipe, sources, settings, writer)
     write_meta(prefix, meta)
     return meta
 
@@ -145,8 +143,8 @@ def _find_done(
 
 def _write(
     prefix: str, files: list[str], recipe: Recipe, workers: int, max_tokens: int | None, log_interval: int
-) -> tuple[Tally, str]:
-    """Write .bin and .idx; returns the totals and the hash of the .bin. An error leaves nothing behind."""
+) -> tuple[Tally, IndexedWriter]:
+    """Write .bin and .idx; returns the totals, and the writer with its checksums. An error leaves nothing behind."""
     tally, start, next_log = Tally(), time.monotonic(), log_interval
     _remove_leftovers(prefix)
     chunks = (chunk for path in files for chunk in read_chunks(path, recipe.json_key))
@@ -167,7 +165,7 @@ def _write(
                 f"{', '.join(files[:3])}: no document to write ({tally.num_empty} empty, {tally.num_bad} bad lines, "
                 f"fraction {recipe.fraction}, max_tokens {max_tokens}); check the input or keep more of it"
             )
-    return tally, writer.bin_xxh3
+    return tally, writer
 
 
 def _cut(encoded: Encoded, room: int) -> Encoded:
@@ -191,7 +189,7 @@ def _describe(
     recipe: Recipe,
     sources: list[dict[str, Any]],
     settings: dict[str, Any],
-    bin_xxh3: str,
+    writer: IndexedWriter,
 ) -> ShardMeta:
     return ShardMeta(
         tokenizer_sha256=tokenizer.sha256,
@@ -202,7 +200,8 @@ def _describe(
         num_bytes=tally.num_bytes,
         dtype=recipe.dtype,
         sources=sources,
-        bin_xxh3=bin_xxh3,
+        bin_xxh3=writer.bin_xxh3,
+        layout=writer.layout,
         extra={
             "tokenizer_name": tokenizer.name,
             "settings": settings,

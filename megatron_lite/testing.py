@@ -58,7 +58,7 @@ def _write_shard(prefix: Path, documents: list[np.ndarray[Any, Any]]) -> None:
     tokens = sum(map(len, documents))
     meta = ShardMeta(
         tokenizer_sha256="tiny", vocab_size=TINY_VOCAB, eod_id=0, num_documents=len(documents), num_tokens=tokens,
-        num_bytes=3 * tokens, dtype="uint16",
+        num_bytes=3 * tokens, dtype="uint16", layout=writer.layout,
     )  # fmt: skip
     write_meta(prefix, meta)
 

@@ -65,6 +65,7 @@ class DomainSamples:
         for dataset in datasets:
             if dataset.dtype.kind == "f":
                 raise ValueError(f"{where}: {dataset.prefix}.idx holds {dataset.dtype.name}; tokens are integers")
+            dataset.check()  # the gather follows pointers without looking where they lead
             lengths, pointers = _documents(dataset)
             self.shards.append(Shard(dataset.tokens, lengths, pointers, sum(map(len, block_tokens))))
             if len(lengths):

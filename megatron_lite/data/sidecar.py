@@ -1,14 +1,45 @@
-"""The .meta.json beside a shard: which tokenizer made the tokens, how many there are, how much text is behind them."""
+"""The .meta.json beside a shard: which tokenizer made the tokens, what is in the shard, and checksums of its bytes.
+
+Its `layout` lets a reader open the shard without reading the index. The last key is a hash of all text before it, so
+that a sidecar damaged anywhere is refused, not believed. Sidecars of version 1 have neither, and are still read.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
 from megatron_lite.files import atomic_write
+
+VERSION = 2
+BLOCK = 256  # documents whose tokens are counted together: what samples.py keeps together in every epoch
+CHECKSUM_BLOCK = 64 << 20  # bytes under one checksum
+PROBE = 4096  # bytes that are read, and hashed, at two places of a file whenever it is opened
+SEAL = b',\n "meta_xxh3": "'
+
+
+@dataclass(frozen=True)
+class Layout:
+    """With this a shard is opened without reading its index: sizes, shape, and hashes of both files."""
+
+    bin_size: int  # bytes
+    idx_size: int  # bytes
+    probe: str  # xxh3-64 of four places in .idx and .bin: other files of the same sizes are noticed
+    sequences_are_documents: bool  # no document is empty of sequences or has several
+    contiguous: bool  # sequences lie end to end from the first byte of the .bin to its last
+    max_document_length: int  # tokens
+    block_tokens: str  # base64 of the tokens in each block of 256 documents, as little-endian integers of equal width
+    checksum_block: int  # bytes
+    bin_checksums: list[str]  # xxh3-64 of each checksum_block bytes
+    idx_checksums: list[str]
 
 
 @dataclass(frozen=True)
@@ -24,35 +55,173 @@ class ShardMeta:
     dtype: str  # numpy's name: uint16, int32
     sources: list[dict[str, Any]] = field(default_factory=list)
     bin_xxh3: str = ""  # xxh3-64 of the .bin; IndexedWriter computes it
+    layout: Layout | None = None  # IndexedWriter.layout
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def block_tokens(self) -> npt.NDArray[np.int64] | None:
+        """Tokens in each block of 256 documents, decoded; None without a layout."""
+        return None if self.layout is None else _unpack(self.layout.block_tokens, self.num_documents, self.num_tokens)
+
+
+def count_blocks(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Tokens in each block of 256 documents with these lengths."""
+    if not len(lengths):
+        return np.zeros(0, dtype=np.int64)
+    return np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK), dtype=np.int64)
+
+
+def measure_layout(
+    idx_path: str,
+    bin_path: str,
+    *,
+    sequences_are_documents: bool,
+    contiguous: bool,
+    max_document_length: int,
+    block_tokens: npt.NDArray[np.int64],
+    checksums: tuple[list[str], list[str]] | None = None,
+) -> Layout:
+    """The layout of these files. `checksums` are those of .bin and .idx; without them both files are read whole."""
+    (idx_size, *idx_ends), (bin_size, *bin_ends) = peek(idx_path), peek(bin_path)
+    of_bin, of_idx = checksums or (hash_file(bin_path).blocks, hash_file(idx_path).blocks)
+    return Layout(
+        bin_size=bin_size,
+        idx_size=idx_size,
+        probe=probe_of(*idx_ends, *bin_ends),
+        sequences_are_documents=sequences_are_documents,
+        contiguous=contiguous,
+        max_document_length=max_document_length,
+        block_tokens=_pack(block_tokens),
+        checksum_block=CHECKSUM_BLOCK,
+        bin_checksums=of_bin,
+        idx_checksums=of_idx,
+    )
+
+
+def _pack(block_tokens: npt.NDArray[np.int64]) -> str:
+    """Layout.block_tokens: 100M documents of 500 tokens take 1.6 MB."""
+    width = (int(block_tokens.max(initial=0)).bit_length() + 7) // 8
+    octets = np.ascontiguousarray(block_tokens, dtype="<i8").view(np.uint8).reshape(-1, 8)[:, :width]
+    return base64.b64encode(octets.tobytes()).decode()
+
+
+def _unpack(text: str, num_documents: int, num_tokens: int) -> npt.NDArray[np.int64]:
+    num_blocks = -(-num_documents // BLOCK)
+    raw = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    width = raw.size // max(num_blocks, 1)
+    if raw.size != width * num_blocks or width > 8:
+        raise ValueError(f"block_tokens has {raw.size} bytes, not a multiple of {num_blocks} blocks")
+    octets = np.zeros((num_blocks, 8), dtype=np.uint8)
+    octets[:, :width] = raw.reshape(num_blocks, width)
+    values = octets.view("<i8").reshape(-1)
+    if values.sum() != num_tokens or values.min(initial=0) < 0:
+        raise ValueError(f"block_tokens sum to {values.sum()}, num_tokens is {num_tokens}")
+    return values
+
+
+class BlockHash:
+    """xxh3-64 of every CHECKSUM_BLOCK bytes of a stream, and of the whole of it."""
+
+    def __init__(self, block: int = CHECKSUM_BLOCK) -> None:
+        self._block, self._filled, self._done = block, 0, list[str]()
+        self._part, self._whole = xxhash.xxh3_64(), xxhash.xxh3_64()
+
+    def update(self, data: Any) -> None:
+        """Take in the next bytes: any buffer."""
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self._whole.update(view)
+        while len(view):
+            piece, view = view[: self._block - self._filled], view[self._block - self._filled :]
+            self._part.update(piece)
+            self._filled += len(piece)
+            if self._filled == self._block:
+                self._done.append(self._part.hexdigest())
+                self._part.reset()
+                self._filled = 0
+
+    @property
+    def blocks(self) -> list[str]:
+        """Checksums so far, that of a last partial block included."""
+        return [*self._done, self._part.hexdigest()] if self._filled else list(self._done)
+
+    @property
+    def whole(self) -> str:
+        """Checksum of all that was taken in."""
+        return self._whole.hexdigest()
+
+
+def hash_file(path: str, block: int = CHECKSUM_BLOCK) -> BlockHash:
+    """Reads a file once, in pieces of 4 MiB."""
+    found = BlockHash(block)
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    return found
+
+
+def peek(path: str) -> tuple[int, bytes, bytes]:
+    """Size in bytes of a file, its first 4 KiB, and 2 KiB on either side of 3/5 of it: in an .idx the last pointers."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(handle).st_size
+        return size, os.pread(handle, PROBE, 0), os.pread(handle, PROBE, max(0, size * 3 // 5 - PROBE // 2))
+    finally:
+        os.close(handle)
+
+
+def probe_of(*ends: bytes) -> str:
+    """Layout.probe: what peek saw of .idx, then of .bin."""
+    return xxhash.xxh3_64_hexdigest(b"".join(ends))
 
 
 def read_meta(prefix: str | os.PathLike[str]) -> ShardMeta | None:
     """The sidecar of a shard, or None when the shard has none. ValueError names the file and the key."""
-    path = Path(f"{os.fspath(prefix)}.meta.json")
-    if not path.is_file():
+    path = f"{os.fspath(prefix)}.meta.json"
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it, or tokenise the shard again") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object; delete it, or tokenise the shard again")
-    known = [f.name for f in fields(ShardMeta) if f.name != "extra"]
+    for problem in _problems(raw, text):
+        raise ValueError(f"{path}: {problem}; tokenise the shard again, or let data_tools/inspect_data.py write it")
+    layout = raw.pop("layout", None)
+    known = [f.name for f in fields(ShardMeta) if f.name not in ("extra", "layout")]
+    return ShardMeta(
+        **{key: raw[key] for key in known if key in raw},
+        layout=Layout(**layout) if layout else None,
+        extra={k: v for k, v in raw.items() if k not in (*known, "version", "meta_xxh3")},
+    )
+
+
+def _problems(raw: dict[str, Any], text: bytes) -> Iterator[str]:
+    """What is wrong with a sidecar, first thing first."""
+    body, seal, rest = text.rpartition(SEAL)
+    if ("version" in raw or "meta_xxh3" in raw) and not (seal and rest[:16] == xxhash.xxh3_64_hexdigest(body).encode()):
+        yield "its own checksum is wrong: it was edited or damaged"
+    if raw.get("version", VERSION) != VERSION:
+        yield f"version is {raw['version']!r}, this program knows {VERSION}"
     for key in ("vocab_size", "eod_id", "num_documents", "num_tokens", "num_bytes"):
-        value = raw.get(key)
-        if not (isinstance(value, int) and not isinstance(value, bool)) and not (key == "eod_id" and value is None):
-            raise ValueError(f"{path}: {key} is {value!r}, expected an integer; tokenise the shard again")
+        if type(raw.get(key)) is not int and not (key == "eod_id" and raw.get(key) is None):
+            yield f"{key} is {raw.get(key)!r}, expected an integer"
     for key in ("tokenizer_sha256", "dtype"):
         if not isinstance(raw.get(key), str):
-            raise ValueError(f"{path}: {key} is {raw.get(key)!r}, expected text; tokenise the shard again")
-    return ShardMeta(
-        **{key: raw[key] for key in known if key in raw}, extra={k: v for k, v in raw.items() if k not in known}
-    )
+            yield f"{key} is {raw.get(key)!r}, expected text"
+    if layout := raw.get("layout"):
+        kinds = {f.name: str(f.type).partition("[")[0] for f in fields(Layout)}
+        if not isinstance(layout, dict) or {k: type(v).__name__ for k, v in layout.items()} != kinds:
+            yield f"layout does not hold what version {VERSION} has in it"
 
 
 def write_meta(prefix: str | os.PathLike[str], meta: ShardMeta) -> None:
     """Write <prefix>.meta.json atomically. Call it last: a sidecar says that the shard is whole."""
-    raw = asdict(meta)
+    raw = {"version": VERSION, **asdict(meta)}
     raw.update(raw.pop("extra"))
-    atomic_write(f"{os.fspath(prefix)}.meta.json", json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+    body = json.dumps(raw, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    seal = SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'"\n}\n'
+    atomic_write(f"{os.fspath(prefix)}.meta.json", body + seal)

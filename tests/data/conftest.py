@@ -37,6 +37,7 @@ def make_shard(tmp_path):
                 "num_tokens": writer.num_tokens,
                 "num_bytes": 3 * writer.num_tokens,
                 "dtype": writer.dtype.name,
+                "layout": writer.layout,
             }
             write_meta(tmp_path / name, ShardMeta(**{**facts, **meta}))
         return IndexedDataset(tmp_path / name)

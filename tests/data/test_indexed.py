@@ -2,7 +2,6 @@
 
 import gc
 import importlib.util
-import json
 import struct
 
 import numpy as np
@@ -14,12 +13,9 @@ from megatron_lite.data.indexed import (
     DTYPES,
     IndexedDataset,
     IndexedWriter,
-    ShardMeta,
     optimal_dtype,
-    read_meta,
     resolve_prefix,
     write_index,
-    write_meta,
 )
 
 DOCUMENTS = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10, 11]]
@@ -30,19 +26,6 @@ def write(prefix, documents=DOCUMENTS, dtype="uint16"):
         for document in documents:
             writer.add_document(document)
     return writer
-
-
-def meta_for(writer, **changes):
-    facts = {
-        "tokenizer_sha256": "ab" * 32,
-        "vocab_size": 100,
-        "eod_id": 0,
-        "num_documents": writer.num_documents,
-        "num_tokens": writer.num_tokens,
-        "num_bytes": 40,
-        "dtype": writer.dtype.name,
-    }
-    return ShardMeta(**{**facts, **changes})
 
 
 @pytest.mark.parametrize("code", DTYPES)
@@ -109,12 +92,6 @@ def test_an_aborted_writer_leaves_the_old_shard(tmp_path):
         writer.add_document([9] * 100_000)
         raise RuntimeError
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_a_new_shard_drops_the_old_sidecar(tmp_path):
-    write_meta(tmp_path / "x", meta_for(write(tmp_path / "x")))
-    write(tmp_path / "x", [[1]])
-    assert IndexedDataset(tmp_path / "x").meta is None
 
 
 def test_resolve_prefix(tmp_path):
@@ -213,38 +190,6 @@ def test_no_byte_makes_the_reader_read_out_of_bounds(tmp_path, position, value, 
         assert "x.idx" in str(error)
     else:
         assert all(len(dataset[i]) == dataset.lengths[i] for i in range(len(dataset)))
-
-
-# -- sidecar -----------------------------------------------------------------------------------------------------------
-
-
-def test_sidecar_round_trip_keeps_unknown_keys(tmp_path):
-    meta = meta_for(write(tmp_path / "x"), sources=[{"path": "a.jsonl"}], bin_xxh3="12", extra={"later": [1]})
-    write_meta(tmp_path / "x", meta)
-    assert read_meta(tmp_path / "x") == meta == IndexedDataset(tmp_path / "x").meta
-    assert json.loads((tmp_path / "x.meta.json").read_text())["later"] == [1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.meta.json"]
-
-
-@pytest.mark.parametrize("key, value", [("num_tokens", 12), ("num_documents", 3), ("dtype", "int32")])
-def test_a_sidecar_of_another_shard_is_refused(tmp_path, key, value):
-    write_meta(tmp_path / "x", meta_for(write(tmp_path / "x"), **{key: value}))
-    with pytest.raises(ValueError, match=rf"x\.meta\.json: {key} is .*another shard"):
-        IndexedDataset(tmp_path / "x")
-
-
-@pytest.mark.parametrize("text, what", [("{", "not valid JSON"), ("[]", "JSON object"), ("{}", "vocab_size is None")])
-def test_a_broken_sidecar_is_refused(tmp_path, text, what):
-    write(tmp_path / "x")
-    (tmp_path / "x.meta.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"x\.meta\.json: .*{what}"):
-        IndexedDataset(tmp_path / "x")
-
-
-def test_bin_checksum(tmp_path):
-    xxhash = pytest.importorskip("xxhash")
-    writer = write(tmp_path / "x")
-    assert writer.bin_xxh3 == xxhash.xxh3_64_hexdigest((tmp_path / "x.bin").read_bytes())
 
 
 # -- Megatron's own code, when it is there ----------------------------------------------------------------------------

@@ -54,12 +54,13 @@ def test_verify_finds_a_token_outside_the_vocabulary(tmp_path: Path, shard: Path
     tokens[1234] = 400
     with IndexedWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_documents(tokens, dataset.lengths)
-    write_meta(tmp_path / "bad", type(meta)(**{**meta.__dict__, "bin_xxh3": writer.bin_xxh3}))
+    write_meta(tmp_path / "bad", type(meta)(**{**meta.__dict__, "bin_xxh3": writer.bin_xxh3, "layout": writer.layout}))
     with pytest.raises(ValueError, match="token 1234 is 400, not in the vocabulary of 400"):
         verify(IndexedDataset(tmp_path / "bad"))
 
 
 def test_verify_finds_trailing_bytes_and_gaps(shard: Path) -> None:
+    Path(f"{shard}.meta.json").unlink()
     with open(f"{shard}.bin", "ab") as file:
         file.write(b"\0\0")
     with pytest.raises(ValueError, match="the index accounts for"):

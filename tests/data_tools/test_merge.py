@@ -50,7 +50,7 @@ def test_merge_refuses_another_dtype(tmp_path: Path, corpus: Path, hf: Path) -> 
     Path(f"{b}.idx").write_bytes(index)
     meta = read_meta(a)
     assert meta is not None
-    facts = {"num_documents": 1, "num_tokens": 3, "dtype": "int32"}
+    facts = {"num_documents": 1, "num_tokens": 3, "dtype": "int32", "layout": None}
     write_meta(b, type(meta)(**{**meta.__dict__, **facts}))
     with pytest.raises(ValueError, match=rf"{a} is uint16, {b} is int32"):
         merge([a, b], tmp_path / "out")
