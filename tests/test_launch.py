@@ -101,6 +101,30 @@ def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks)
 
 
 @pytest.mark.slow
+def test_deepspeed_offloads_the_optimizer_and_draws_the_same_curve(files, reference):
+    pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
+    offload = "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"
+    extra = ["--engine", "deepspeed", "--set", "parallel.zero_stage=2", "--set", offload]
+    check(start([sys.executable, SCRIPT, *arguments(files, "offload", *extra)]), files, "offload", reference)
+
+
+@pytest.mark.slow
+def test_deepspeed_hostfile_with_two_nodes(files, reference, tmp_path):
+    """Two launchers on this machine stand for two nodes: --no_ssh is how DeepSpeed starts where ssh is not allowed."""
+    pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
+    (tmp_path / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    nodes = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", "127.0.0.1"]
+    launcher = [str(BIN / "deepspeed"), *nodes, "--master_port", free_port()]
+    command = [SCRIPT, *arguments(files, "hostfile")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    second = subprocess.Popen([*launcher, "--node_rank", "1", *command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    done = start([*launcher, "--node_rank", "0", *command])
+    assert second.wait(60) == 0
+    check(done, files, "hostfile", reference)
+    assert "dp 2 x" in done.stdout
+
+
+@pytest.mark.slow
 def test_deepspeed_refuses_keys_that_are_ours(files):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
     extra = ["--engine", "deepspeed", "--set", "deepspeed={gradient_clipping: 2}"]

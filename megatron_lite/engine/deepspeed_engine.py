@@ -151,6 +151,8 @@ def deepspeed_json(config: Config, plan: Plan) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_grad if plan.zero_stage else 0.0,
         "zero_optimization": {**zero, "stage": plan.zero_stage},
         "zero_allow_untested_optimizer": True,
+        # offloaded moments: torch's fused AdamW needs no build of minutes, and DeepSpeed's is 5 to 8 % faster
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
     if plan.precision == "bf16":
