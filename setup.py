@@ -68,7 +68,8 @@ class OptionalBuildExt(build_ext):
 
 NATIVE = Extension(
     "megatron_lite.data._native",
-    sources=["megatron_lite/data/csrc/native.cpp"],
+    sources=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("megatron_lite/data/csrc/*.cpp")),
+    depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("megatron_lite/data/csrc/*.h")),
     language="c++",
     # No contraction: a fused multiply-add would round differently from numpy, and the sample order would change.
     extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=off", "-g0"],
@@ -81,7 +82,7 @@ setup(
     description="Train language models on data mixtures that were searched for: RegMix on a small Megatron",
     packages=find_packages(include=["megatron_lite*", "data_tools*", "regmix_search*", "launch*"]),
     package_data={
-        "megatron_lite.data": ["csrc/*.cpp"],
+        "megatron_lite.data": ["csrc/*.cpp", "csrc/*.h"],
         "regmix_search.report": ["*.j2", "*.css"],
         "data_tools": ["*.json"],
     },

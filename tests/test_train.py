@@ -158,7 +158,7 @@ def gradients(folder: str, micro_batch: int) -> tuple[dict[str, torch.Tensor], f
     engine = TorchEngine(config, plan, mesh)
     batches = loader.step(0)
     for batch in batches:  # a mask that depends on the sample alone, and differs between samples
-        batch.loss_mask_BT.copy_((batch.tokens_BT % 5 != batch.tokens_BT[:, :1] % 5).float())
+        batch.loss_mask_BT = (batch.tokens_BT % 5 != batch.tokens_BT[:, :1] % 5).float()
     tokens = mesh.sum(torch.stack([b.loss_mask_BT.sum() for b in batches]).sum()).item()
     loss = mesh.sum(engine.forward_backward(batches, tokens)).item() / tokens
     grads = {n: p.grad.clone() for n, p in engine.module.named_parameters()}

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -13,5 +19,81 @@ class Batch:
 
     tokens_BT: Tensor  # int64
     labels_BT: Tensor  # int64
-    loss_mask_BT: Tensor  # float32: 1 where the label counts
+    loss_mask_BT: Tensor  # float32: 1 where the label counts; read-only unless eod_mask_loss
     domain_B: Tensor  # int64: index into mixture.domains; 0 in an EvalSet
+    position_ids_BT: Tensor | None = None  # int64: place in the document; None: 0 to seq_length - 1
+    cu_seqlens: Tensor | None = None  # int32: where documents start in the flattened B*T, and B*T; None: rows are whole
+    max_seqlen: int | None = None  # tokens of the longest document piece in cu_seqlens
+
+
+@dataclass(frozen=True)
+class DocumentOptions:
+    """What the end of a document means to the model: Megatron's flags of these names. EOD belongs to what it ends."""
+
+    eod_id: int | None = None
+    reset_position_ids: bool = False  # positions count from 0 after each EOD
+    reset_attention_mask: bool = False  # no attention from one document to another
+    eod_mask_loss: bool = False  # what follows an EOD is not learned
+
+    def __post_init__(self) -> None:
+        wanted = [name for name, value in vars(self).items() if value is True]
+        if wanted and self.eod_id is None:
+            raise ValueError(
+                f"data.{wanted[0]} needs the EOD id, and no sidecar of this mixture has one: tokenise with "
+                f"--append-eod, or set data.{wanted[0]} to false"
+            )
+
+    @property
+    def any(self) -> bool:
+        """True where documents mean something."""
+        return self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss
+
+
+NO_MARKS = DocumentOptions()
+
+
+@dataclass
+class Rows:
+    """Samples [rows, seq_length] of consecutive micro-batches in numpy. The last four are None where nobody asked."""
+
+    domain: IntArray
+    ordinal: IntArray
+    tokens: IntArray
+    labels: IntArray
+    loss_mask: npt.NDArray[np.float32] | None = None
+    position_ids: IntArray | None = None
+    cu_seqlens: list[npt.NDArray[np.int32]] | None = None  # of each micro-batch
+    max_seqlen: list[int] | None = None
+
+    def split(self, micro_batch_size: int) -> list[Batch]:
+        """The micro-batches, sharing memory with the rows."""
+        mask = torch.ones(1).expand(self.tokens.shape) if self.loss_mask is None else torch.from_numpy(self.loss_mask)
+        arrays = (self.tokens, self.labels, self.domain)
+        tokens, labels, domain = (torch.from_numpy(array).split(micro_batch_size) for array in arrays)
+        batches = [Batch(*parts) for parts in zip(tokens, labels, mask.split(micro_batch_size), domain, strict=True)]
+        for i, batch in enumerate(batches):
+            if self.position_ids is not None:
+                rows = self.position_ids[i * micro_batch_size : (i + 1) * micro_batch_size]
+                batch.position_ids_BT = torch.from_numpy(rows)
+            if self.cu_seqlens is not None and self.max_seqlen is not None:
+                batch.cu_seqlens, batch.max_seqlen = torch.from_numpy(self.cu_seqlens[i]), self.max_seqlen[i]
+        return batches
+
+
+def mark_documents(rows: Rows, options: DocumentOptions, micro_batch_size: int) -> None:
+    """Fill loss_mask, position_ids, cu_seqlens and max_seqlen of `rows` from its tokens: csrc/rows.cpp in numpy."""
+    count, seq_length = rows.tokens.shape
+    eod = rows.tokens == options.eod_id
+    if options.eod_mask_loss:
+        rows.loss_mask = np.where(eod, np.float32(0), np.float32(1))
+    begins = np.zeros((count, seq_length), dtype=bool)
+    begins[:, 0], begins[:, 1:] = True, eod[:, :-1]
+    if options.reset_position_ids:
+        place = np.arange(seq_length)
+        rows.position_ids = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    if options.reset_attention_mask:
+        pieces: list[npt.NDArray[Any]] = [
+            begins[i : i + micro_batch_size].reshape(-1) for i in range(0, count, micro_batch_size)
+        ]
+        rows.cu_seqlens = [np.append(np.flatnonzero(piece), piece.size).astype(np.int32) for piece in pieces]
+        rows.max_seqlen = [int(np.diff(cu).max()) for cu in rows.cu_seqlens]

@@ -35,9 +35,9 @@ class Blend:
         if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
             raise ValueError(f"blend weights {array.tolist()}: expected finite numbers >= 0 with a positive sum")
         self.num_domains = len(array)
-        self._domains = np.flatnonzero(array).astype(np.int32)
-        self._tree = QuotaTree.build(array[self._domains].tolist())
-        self._key = key_of(seed, "blend")
+        self.domains = np.flatnonzero(array).astype(np.int32)  # of each leaf of the tree
+        self.tree = QuotaTree.build(array[self.domains].tolist())
+        self.key = key_of(seed, "blend")
         self._kernels = kernels
 
     def draw(self, start: int, count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -46,13 +46,13 @@ class Blend:
         Over any prefix the ordinals of a domain are 0, 1, 2, ... in order, each once.
         """
         assert start >= 0 and count >= 0 and start + count <= MAX_SAMPLES
-        leaf, ordinal = self._kernels.draw(self._tree, self._key, start, count, self.window)
-        return self._domains[leaf], ordinal
+        leaf, ordinal = self._kernels.draw(self.tree, self.key, start, count, self.window)
+        return self.domains[leaf], ordinal
 
     def counts(self, consumed: int) -> npt.NDArray[np.int64]:
         """Samples of each domain among the first `consumed` [num_domains]."""
         assert 0 <= consumed <= MAX_SAMPLES
         edge = consumed // self.window * self.window
         found = np.zeros(self.num_domains, dtype=np.int64)
-        found[self._domains] = self._kernels.counts(self._tree, np.array([edge]))[0]
+        found[self.domains] = self._kernels.counts(self.tree, np.array([edge]))[0]
         return found + np.bincount(self.draw(edge, consumed - edge)[0], minlength=self.num_domains)

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron_lite.data.batch import Batch
+from megatron_lite.data.batch import Batch, DocumentOptions, Rows
 from megatron_lite.data.blend import Blend
 from megatron_lite.data.evalset import EvalSet
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.data.native import kernels as default_kernels
-from megatron_lite.data.samples import DomainSamples
+from megatron_lite.data.samples import DomainSamples, SampleOrder
 from megatron_lite.data.sidecar import ShardMeta, read_meta
 
 __all__ = ["Batch", "BlendedLoader", "EvalSet", "TokenizerFacts"]
@@ -77,6 +76,10 @@ class BlendedLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         vocab_size: int | None = None,
+        sample_order: SampleOrder = "documents",
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
+        eod_mask_loss: bool = False,
     ) -> None:
         if min(seq_length, global_batch_size, micro_batch_size, dp_size) < 1:
             raise ValueError("seq_length, global_batch_size, micro_batch_size and dp_size must be at least 1")
@@ -90,31 +93,28 @@ class BlendedLoader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         train = [prefix for domain in mixture.domains for prefix in domain.prefixes]
         self.meta = shared_facts([*train, *(prefix for prefixes in mixture.valid.values() for prefix in prefixes)])
-        self._vocab_size = vocab_size if self.meta.vocab_size is None else self.meta.vocab_size
+        self.options = DocumentOptions(self.meta.eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
         kernels = default_kernels()
         self._blend = Blend(mixture.weights, seed, kernels, window=global_batch_size)
         self._samples = {  # a domain with weight 0 is never opened
-            i: DomainSamples([IndexedDataset(p) for p in domain.prefixes], seq_length, seed, domain.name, kernels)
+            i: DomainSamples(
+                [IndexedDataset(p) for p in domain.prefixes], seq_length, seed, domain.name, kernels, sample_order
+            )
             for i, domain in enumerate(mixture.domains)
             if domain.weight > 0
         }
-        self._gather = kernels.Gather(list(self._samples.values()))
-        self._row_of = np.zeros(len(mixture.domains), dtype=np.int32)
-        self._row_of[list(self._samples)] = np.arange(len(self._samples))
+        sources = [self._samples.get(i) for i in range(len(mixture.domains))]
+        known = vocab_size if self.meta.vocab_size is None else self.meta.vocab_size
+        self._gather = kernels.Gather(sources, micro_batch_size, self.options, known)
+        self._first = np.zeros(len(mixture.domains), dtype=np.int64)
         order = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
-        self._mine = order[:, dp_rank].reshape(-1)
+        self._mine = np.ascontiguousarray(order[:, dp_rank].reshape(-1))
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, counted from 0."""
-        domain, ordinal = self._blend.draw(step * self.global_batch_size, self.global_batch_size)
-        domain, ordinal = domain[self._mine], ordinal[self._mine]
-        tokens, labels = np.empty((2, len(domain), self.seq_length), dtype=np.int64)
-        bad = self._gather(self._row_of[domain], ordinal, tokens, labels, self._vocab_size)
-        if bad is not None:
-            self._refuse(int(domain[bad]), int(ordinal[bad]))
-        mask = torch.ones(len(domain), self.seq_length, dtype=torch.float32)
-        whole = (torch.from_numpy(tokens), torch.from_numpy(labels), mask, torch.from_numpy(domain.astype(np.int64)))
-        return [Batch(*parts) for parts in zip(*(t.split(self.micro_batch_size) for t in whole), strict=True)]
+        start, size = step * self.global_batch_size, self.global_batch_size
+        rows: Rows = self._gather.step(self._blend, self._first, start, size, self._mine)
+        return rows.split(self.micro_batch_size)
 
     def realised(self, consumed_samples: int) -> dict[str, int]:
         """Samples drawn from each domain among the first `consumed_samples`."""
@@ -149,13 +149,6 @@ class BlendedLoader:
         order = [self.mixture.names, self.mixture.weights.tolist(), self.seed, self.seq_length, self._blend.window]
         facts = [ORDER_VERSION, shards, *order]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def _refuse(self, domain: int, ordinal: int) -> None:
-        name, prefixes = self.mixture.domains[domain].name, ", ".join(self.mixture.domains[domain].prefixes)
-        raise ValueError(
-            f"domain {name!r} ({prefixes}): sample {ordinal} holds a token outside the vocabulary of "
-            f"{self._vocab_size}; the shard was made with another tokenizer or is damaged: tokenise it again"
-        )
 
 
 def _shard_identity(prefix: str) -> list[int | str]:

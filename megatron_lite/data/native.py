@@ -19,48 +19,57 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data import reference
+from megatron_lite.data.batch import NO_MARKS, DocumentOptions, Rows
+from megatron_lite.data.blend import Blend
 from megatron_lite.data.indexed import DTYPES
 from megatron_lite.data.quota import QuotaTree
-from megatron_lite.data.samples import DomainSamples
+from megatron_lite.data.samples import NEEDS_EPOCH, DomainSamples, Shard
 
-VERSION = 2  # of the C interface: ml_version() in native.cpp
-NEEDS_EPOCH, BAD_TOKEN = 1, 2  # native.cpp, Status
-NO_VOCAB = (1 << 64) - 1
+VERSION = 3  # of the C interface: ml_version() in gather.cpp
+NO_VOCAB = -1  # as an unsigned number: larger than any token
+RANDOM_ORDER = 0  # readahead.h
 
 I64, U64, PTR = ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
-TREE = [I64, PTR, PTR, PTR, PTR]
 SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ml_version": ([], I64),
     "ml_permute": ([PTR, I64, I64, U64, PTR], None),
-    "ml_counts": ([*TREE, I64, PTR], None),
-    "ml_draw": ([*TREE, U64, I64, I64, I64, PTR, PTR], None),
+    "ml_counts": ([PTR, I64, PTR], None),
+    "ml_draw": ([PTR, I64, I64, PTR, PTR], None),
     "ml_block_prefix": ([PTR, I64, U64, PTR], None),
-    "ml_gather": ([PTR, PTR, PTR, I64, I64, I64, U64, I64, PTR, PTR, PTR, PTR], I64),
+    "ml_advise": ([PTR, I64, I64], None),
+    "ml_batch": ([PTR], I64),
 }
 IntArray = npt.NDArray[np.int64]
 
 
+def _fields(names: str) -> list[tuple[str, Any]]:
+    """Fields of a C++ struct, each a number or an address of 8 bytes; a 2 after the name is an array of two."""
+    return [(name.removesuffix("2"), I64 * 2 if name.endswith("2") else I64) for name in names.split()]
+
+
 class _Shard(ctypes.Structure):
-    _fields_ = [
-        ("tokens", PTR),
-        ("lengths", PTR),
-        ("pointers", PTR),
-        ("num_documents", I64),
-        ("first_block", I64),
-        ("dtype_code", I64),
-    ]
+    _fields_ = _fields(
+        "tokens lengths pointers num_documents num_tokens first_block first_document first_token dtype_code"
+    )
 
 
 class _Domain(ctypes.Structure):
-    _fields_ = [
-        ("shards", PTR),
-        ("num_shards", I64),
-        ("num_blocks", I64),
-        ("samples_per_epoch", I64),
-        ("key", U64),
-        ("epochs", I64 * 2),
-        ("prefixes", PTR * 2),
-    ]
+    _fields_ = _fields(
+        "mode shards num_shards num_tokens num_blocks samples_per_epoch key epochs2 prefixes2 "
+        "document_index sample_index shuffle_index num_indexed sample_index_size shuffle_index_size"
+    )
+
+
+class _Blend(ctypes.Structure):
+    _fields_ = _fields("num_leaves nodes light heavy share key window domain first")
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = _fields(
+        "domains blend mine start step_size begin count micro_batch_size seq_length vocab_size eod domain ordinal "
+        "tokens labels loss_mask position_ids cu_seqlens num_cu max_seqlen ahead_calls ahead_next "
+        "status shard document"
+    )
 
 
 def backend() -> str:
@@ -99,7 +108,9 @@ def _c() -> ctypes.CDLL:
     return found
 
 
-def _at(array: npt.NDArray[Any]) -> int:
+def _at(array: npt.NDArray[Any] | None) -> int:
+    if array is None:
+        return 0
     assert array.flags.c_contiguous
     return array.ctypes.data
 
@@ -112,22 +123,23 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
     return out
 
 
-def _tree(tree: QuotaTree) -> tuple[int, int, int, int, int]:
-    return tree.num_leaves, _at(tree.nodes), _at(tree.light), _at(tree.heavy), _at(tree.share)
+def _blend(tree: QuotaTree, key: int = 0, window: int = 1) -> _Blend:
+    arrays = (tree.nodes, tree.light, tree.heavy, tree.share)
+    return _Blend(tree.num_leaves, *(_at(array) for array in arrays), key, window)
 
 
 def counts(tree: QuotaTree, totals: IntArray) -> IntArray:
     """reference.counts."""
-    found = np.empty((len(totals), 2 * tree.num_leaves - 1), dtype=np.int64)
+    found, blend = np.empty((len(totals), 2 * tree.num_leaves - 1), dtype=np.int64), _blend(tree)
     for row, total in zip(found, totals.tolist(), strict=True):
-        _c().ml_counts(*_tree(tree), total, _at(row))
+        _c().ml_counts(ctypes.byref(blend), total, _at(row))
     return found[:, : tree.num_leaves]
 
 
 def draw(tree: QuotaTree, key: int, start: int, count: int, window: int) -> tuple[npt.NDArray[np.int32], IntArray]:
     """reference.draw."""
     leaf, ordinal = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int64)
-    _c().ml_draw(*_tree(tree), key, start, count, window, _at(leaf), _at(ordinal))
+    _c().ml_draw(ctypes.byref(_blend(tree, key, window)), start, count, _at(leaf), _at(ordinal))
     return leaf, ordinal
 
 
@@ -138,48 +150,84 @@ def block_prefix(block_tokens: IntArray, key: int) -> IntArray:
     return prefix
 
 
-class Gather:
-    """reference.Gather, one C++ call for all rows; it comes back to Python only for an epoch's first prefix sums."""
+class Gather(reference.Gather):
+    """reference.Gather in one C++ call; it comes back to Python only for an epoch's first prefix sums."""
 
-    def __init__(self, domains: Sequence[DomainSamples]) -> None:
-        self.domains = domains  # keeps the mapped files alive
-        self._shards = [(_Shard * len(domain.shards))(*map(_describe, domain.shards)) for domain in domains]
-        self._table = (_Domain * len(domains))()
-        self._prefixes: dict[tuple[int, int], IntArray] = {}
-        for entry, domain, shards in zip(self._table, domains, self._shards, strict=True):
-            entry.shards = ctypes.addressof(shards)
-            entry.num_shards, entry.num_blocks = len(domain.shards), domain.num_blocks
-            entry.samples_per_epoch, entry.key = domain.samples_per_epoch, domain.key
-            entry.epochs[:] = (-1, -1)
-
-    def __call__(
+    def __init__(
         self,
-        which: npt.NDArray[np.int32],
-        ordinal: IntArray,
-        tokens: IntArray,
-        labels: IntArray | None = None,
+        domains: Sequence[DomainSamples | None],
+        micro_batch_size: int = 1,
+        options: DocumentOptions = NO_MARKS,
         vocab_size: int | None = None,
-    ) -> int | None:
-        """reference.Gather.__call__."""
-        which, ordinal = np.ascontiguousarray(which, np.int32), np.ascontiguousarray(ordinal, np.int64)
-        seq_length, (count, width) = self.domains[0].seq_length, tokens.shape
-        assert labels is None or labels.shape == (count, seq_length)
-        row, status = np.empty(seq_length + 1, dtype=np.int64), ctypes.c_int64()
-        limit = NO_VOCAB if vocab_size is None else vocab_size
-        outputs = (_at(tokens), None if labels is None else _at(labels), _at(row), ctypes.addressof(status))
-        done = 0
-        while done < count:
-            done = _c().ml_gather(
-                self._table, _at(which), _at(ordinal), done, count, seq_length, limit, width, *outputs
-            )
-            if status.value == BAD_TOKEN:
-                return done
-            if status.value == NEEDS_EPOCH:
-                self._prepare(int(which[done]), int(ordinal[done]))
-        return None
+    ) -> None:
+        super().__init__(domains, micro_batch_size, options, vocab_size)
+        self._table = (_Domain * len(domains))()
+        self._held: list[Any] = [
+            _fill(entry, domain) for entry, domain in zip(self._table, domains, strict=True) if domain
+        ]
+        self._prefixes: dict[tuple[int, int], IntArray] = {}
+        self._blend: tuple[Blend | None, IntArray | None, Any] = (None, None, None)
+        self._call = _Batch(
+            domains=ctypes.addressof(self._table),
+            micro_batch_size=micro_batch_size,
+            seq_length=self.seq_length,
+            vocab_size=NO_VOCAB if vocab_size is None else vocab_size,
+            eod=-1 if options.eod_id is None else options.eod_id,
+        )
+
+    def rows(self, domain: npt.NDArray[np.integer[Any]], ordinal: IntArray) -> Rows:
+        """reference.Gather.rows."""
+        rows = self._allocate(len(domain))
+        rows.domain[:], rows.ordinal[:] = domain, ordinal
+        return self._run(rows)
+
+    def step(self, blend: Blend, first: IntArray, start: int, step_size: int, mine: IntArray) -> Rows:
+        """reference.Gather.step."""
+        if self._blend[0] is not blend or self._blend[1] is not first:
+            first_of_leaf = first[blend.domains]
+            held = _blend(blend.tree, blend.key, blend.window)
+            held.domain, held.first = _at(blend.domains), _at(first_of_leaf)
+            self._blend = (blend, first, (held, first_of_leaf))
+        call = self._call
+        call.blend, call.mine = ctypes.addressof(self._blend[2][0]), _at(mine)
+        call.start, call.step_size = start, step_size
+        return self._run(self._allocate(len(mine)))
+
+    def _allocate(self, count: int) -> Rows:
+        shape, options = (count, self.seq_length), self.options
+        domain, ordinal = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        rows = Rows(domain, ordinal, np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64))
+        if options.eod_mask_loss:
+            rows.loss_mask = np.empty(shape, dtype=np.float32)
+        if options.reset_position_ids:
+            rows.position_ids = np.empty(shape, dtype=np.int64)
+        return rows
+
+    def _run(self, rows: Rows) -> Rows:
+        call, count = self._call, len(rows.domain)
+        for name in ("domain", "ordinal", "tokens", "labels", "loss_mask", "position_ids"):
+            setattr(call, name, _at(getattr(rows, name)))
+        if self.options.reset_attention_mask:
+            micros = count // self.micro_batch_size
+            cu = np.empty((micros, self.micro_batch_size * self.seq_length + 1), dtype=np.int32)
+            num_cu, longest = np.empty((2, micros), dtype=np.int64)
+            call.cu_seqlens, call.num_cu, call.max_seqlen = _at(cu), _at(num_cu), _at(longest)
+        call.begin, call.count = 0, count
+        while (done := _c().ml_batch(ctypes.byref(call))) < count:
+            domain, ordinal = int(rows.domain[done]), int(rows.ordinal[done])
+            if call.status != NEEDS_EPOCH:
+                raise self._fault(call.status, domain, ordinal, call.shard, call.document)
+            self._prepare(domain, ordinal)
+            call.begin, call.blend = done, 0
+        call.blend = 0
+        if self.options.reset_attention_mask:
+            rows.cu_seqlens = [row[:size].copy() for row, size in zip(cu, num_cu.tolist(), strict=True)]
+            rows.max_seqlen = longest.tolist()
+        return rows
 
     def _prepare(self, which: int, ordinal: int) -> None:
         domain = self.domains[which]
+        assert domain is not None
         epoch = ordinal // domain.samples_per_epoch
         slot = epoch & 1
         prefix = self._prefixes[which, slot] = domain.block_prefix(epoch)  # held: C++ keeps only the address
@@ -187,7 +235,26 @@ class Gather:
         self._table[which].prefixes[slot] = _at(prefix)
 
 
-def _describe(shard: Any) -> _Shard:
+def _fill(entry: _Domain, domain: DomainSamples) -> Any:
+    """Describe a domain; returns what must stay alive as long as the description."""
+    shards = (_Shard * len(domain.shards))(*map(_describe, domain.shards))
+    entry.shards, entry.num_shards = ctypes.addressof(shards), len(shards)
+    for name in ("mode", "num_tokens", "num_blocks", "samples_per_epoch", "key"):
+        setattr(entry, name, getattr(domain, name))
+    entry.epochs[:] = (-1, -1)
+    if domain.indices is not None:
+        document, sample, shuffle = domain.indices
+        entry.document_index, entry.sample_index, entry.shuffle_index = _at(document), _at(sample), _at(shuffle)
+        entry.num_indexed, entry.samples_per_epoch = len(document), len(shuffle)
+        entry.sample_index_size, entry.shuffle_index_size = sample.itemsize, shuffle.itemsize
+    return shards, domain
+
+
+def _describe(shard: Shard) -> _Shard:
     code = next(code for code, dtype in DTYPES.items() if dtype == shard.tokens.dtype)
+    for array in (shard.tokens, shard.lengths, shard.pointers):
+        if array.nbytes:
+            _c().ml_advise(array.ctypes.data, array.nbytes, RANDOM_ORDER)
     addresses = (array.ctypes.data for array in (shard.tokens, shard.lengths, shard.pointers))
-    return _Shard(*addresses, shard.num_documents, shard.first_block, code)
+    places = (shard.num_tokens, shard.first_block, shard.first_document, shard.first_token)
+    return _Shard(*addresses, shard.num_documents, *places, code)

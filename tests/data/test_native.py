@@ -85,27 +85,27 @@ def test_gathers_are_equal_over_several_domains_and_shards(make_shard, random_le
     which, ordinals = rng.integers(0, 2, 64).astype(np.int32), rng.integers(0, 5000, 64)
     results = []
     for kernels, sources in zip((native, reference), domains, strict=True):
-        tokens, labels = np.zeros((2, 64, 16), dtype=np.int64)
-        assert kernels.Gather(sources)(which, ordinals, tokens, labels, 200_000) is None
-        assert np.array_equal(tokens[:, 1:], labels[:, :-1])
-        results.append((tokens, labels))
+        rows = kernels.Gather(sources, vocab_size=200_000).rows(which, ordinals)
+        assert np.array_equal(rows.tokens[:, 1:], rows.labels[:, :-1])
+        results.append((rows.tokens, rows.labels))
     assert np.array_equal(results[0], results[1])
 
 
 def test_gather_names_the_first_row_outside_the_vocabulary(make_shard, kernels):
     domain = DomainSamples([make_shard("a", [100], "uint16")], 10, 0, "d", kernels=kernels)
     ordinals = np.arange(domain.samples_per_epoch)
-    rows = domain.gather(ordinals)
-    limit = int(np.sort(rows.max(axis=1))[-3])  # two windows reach past it
-    tokens = np.zeros((len(rows), 10), dtype=np.int64)
-    bad = kernels.Gather([domain])(np.zeros(len(rows), np.int32), ordinals, tokens, None, limit + 1)
-    assert bad == np.flatnonzero(rows.max(axis=1) > limit)[0]
-    assert np.array_equal(tokens[:bad], rows[:bad, :-1])
+    highest = domain.gather(ordinals).max(axis=1)
+    limit = int(np.sort(highest)[-3])  # two windows reach past it
+    first = np.flatnonzero(highest > limit)[0]
+    gather = kernels.Gather([domain], vocab_size=limit + 1)
+    with pytest.raises(ValueError, match=rf"sample {first} holds a token outside the vocabulary of {limit + 1}.*/a, "):
+        gather.rows(np.zeros(len(ordinals), np.int64), ordinals)
+    gather.rows(np.zeros(first, np.int64), ordinals[:first])
 
 
 def test_negative_tokens_are_refused(make_shard, kernels):
     domain = DomainSamples([make_shard("a", [50], "int32", first=-3)], 10, 0, "d", kernels=kernels)
-    with pytest.raises(ValueError, match=r"domain 'd': sample [0-9]+ holds a negative token"):
+    with pytest.raises(ValueError, match=r"domain 'd' .*sample [0-9]+ holds a negative token.*document 0"):
         domain.gather(np.arange(domain.samples_per_epoch))
 
 
