@@ -88,7 +88,7 @@ def dry_run(config: Config) -> int:
     from megatron_lite.speed import measure_speed
     from megatron_lite.train import load_mixture, resolve
 
-    mixture, mesh = load_mixture(config), Mesh.from_env()
+    mixture, mesh = load_mixture(config), Mesh.from_env(config.parallel)
     loader, plan = resolve(config, mixture, mesh)
     speed = measure_speed(config, plan, mesh)
     if mesh.is_main:

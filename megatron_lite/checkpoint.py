@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lite.files import atomic_write_json, sync
@@ -129,19 +130,25 @@ def load_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
-def load_tensors(path: Path, name: str, want: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Tensors of ``name`` (model.safetensors or optim.safetensors); ValueError when names or shapes differ."""
-    tensors = load_file(path / name)
-    problems = [f"{k} is missing" for k in want if k not in tensors]
-    problems += [f"{k} is not in the model" for k in tensors if k not in want]
-    problems += [
-        f"{k} is {tuple(v.shape)}, the model has {tuple(want[k])}"
-        for k, v in tensors.items()
-        if k in want and v.shape != want[k]
-    ]
-    if problems:
-        raise ValueError(f"{path / name}: does not fit this model: {'; '.join(problems[:5])}")
-    return tensors
+def load_tensors(
+    path: Path, name: str, want: Mapping[str, torch.Size], cut: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Tensors of ``name`` (model.safetensors or optim.safetensors); ValueError when names or shapes differ.
+
+    ``cut(key, whole)`` is what is kept of each: a rank never holds more than its slices and one whole tensor.
+    """
+    with safe_open(path / name, "pt") as file:
+        found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
+        problems = [f"{k} is missing" for k in want if k not in found]
+        problems += [f"{k} is not in the model" for k in found if k not in want]
+        problems += [
+            f"{k} is {tuple(shape)}, the model has {tuple(want[k])}"
+            for k, shape in found.items()
+            if k in want and shape != want[k]
+        ]
+        if problems:
+            raise ValueError(f"{path / name}: does not fit this model: {'; '.join(problems[:5])}")
+        return {key: cut(key, file.get_tensor(key)) for key in found}
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -91,6 +91,8 @@ class OptimConfig:
 class ParallelConfig:
     """How ranks share the work; the data-parallel size is what is left."""
 
+    tensor_parallel_size: int = 1  # ranks that share each layer (heads, ffn, vocabulary); they should be on one node
+    sequence_parallel: bool = False  # with tensor parallelism: share the norms and residuals too, by position
     zero_stage: int = 0  # 1: ranks shard the optimizer state; 2: gradients too (DeepSpeed only); 0: neither
 
 

@@ -24,7 +24,7 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, sets: Sequence[EvalSet], mesh: Mesh, autocast: torch.autocast) -> dict[str, EvalResult]:
-    """Scores every set: ranks take the batches in turn and add up float64 sums.
+    """Scores every set: data-parallel ranks take the batches in turn and add up float64 sums.
 
     ``model(tokens, labels)`` returns per-token losses [B, T]. Returns set name -> EvalResult.
     """
@@ -44,7 +44,7 @@ def flatten(results: dict[str, EvalResult]) -> dict[str, float]:
 def _evaluate_one(model: nn.Module, eval_set: EvalSet, mesh: Mesh, autocast: torch.autocast) -> EvalResult:
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     for i, batch in enumerate(eval_set):
-        if i % mesh.size != mesh.rank:
+        if i % mesh.dp_size != mesh.dp_rank:
             continue
         with autocast:
             losses_BT = model(batch.tokens_BT.to(mesh.device), batch.labels_BT.to(mesh.device))

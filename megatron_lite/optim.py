@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_lite.config import OptimConfig, ScheduleConfig
+from megatron_lite.mesh import TensorParallel
 
 
 def learning_rate(step: int, total_steps: int, lr: float, schedule: ScheduleConfig) -> float:
@@ -49,3 +51,22 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """torch's fused AdamW over groups like those of ``param_groups``: one kernel for the whole step, CPU and GPU."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def clip_grad_norm(module: nn.Module, clip_grad: float, tp: TensorParallel) -> float:
+    """Global norm of the gradients before clipping; scales them in place where it is above ``clip_grad`` (0: never).
+
+    Slices count on every tensor-parallel rank, what all of them hold counts once, so the norm is one process's and
+    the same on all ranks. Gradients must be reduced over data-parallel ranks already.
+    """
+    limit = clip_grad if clip_grad > 0 else math.inf
+    if tp.size == 1:
+        return nn.utils.clip_grad_norm_(module.parameters(), limit).item()
+    with_grad = [(p, p.grad) for p in module.parameters() if p.grad is not None]
+    sliced = [g for p, g in with_grad if getattr(p, "tensor_model_parallel", False)]
+    whole = [g for p, g in with_grad if not getattr(p, "tensor_model_parallel", False)]
+    squares = nn.utils.get_total_norm(sliced).double().square()
+    dist.all_reduce(squares, group=tp.group)  # each rank sends its slices' sum of squares and receives the total
+    norm = (squares + nn.utils.get_total_norm(whole).double().square()).sqrt()
+    nn.utils.clip_grads_with_norm_([p for p, _ in with_grad], limit, norm)
+    return norm.item()

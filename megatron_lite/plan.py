@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from megatron_lite.config import Config
-from megatron_lite.shape import ModelShape, resolve_shape
+from megatron_lite.mesh import data_parallel_size
+from megatron_lite.shape import ModelShape, padded_vocab_size, resolve_shape
 
 # Dense bf16 peaks in FLOP/s from NVIDIA's data sheets (SXM parts); an unknown device gets no MFU at all.
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "GH200": 989.5e12, "A100": 312e12, "B200": 2250e12}
@@ -18,6 +20,8 @@ class Plan:
 
     shape: ModelShape
     dp_size: int
+    tp_size: int
+    sequence_parallel: bool
     grad_accum_steps: int
     total_steps: int
     tokens_per_step: int
@@ -34,14 +38,19 @@ class Plan:
     def resolve(cls, config: Config, world_size: int, vocab_size: int | None, cuda: bool, deepspeed: bool) -> Plan:
         """Config + launch facts -> Plan; ``deepspeed``: its launcher started us. ValueError on clashing settings."""
         shape = resolve_shape(config.model, config.data.seq_length, vocab_size)
-        accum = grad_accum_steps(config, world_size)
+        tp_size = config.parallel.tensor_parallel_size
+        dp_size = data_parallel_size(world_size, tp_size)
+        accum = grad_accum_steps(config, dp_size)
         tokens_per_step = config.batch.global_batch_size * config.data.seq_length
         total_steps = max(1, -(-config.schedule.total_tokens // tokens_per_step))
         engine = config.engine if config.engine != "auto" else ("deepspeed" if deepspeed else "torch")
         _check(config, engine, total_steps)
+        _check_tensor_parallel(config, shape)
         return cls(
             shape=shape,
-            dp_size=world_size,
+            dp_size=dp_size,
+            tp_size=tp_size,
+            sequence_parallel=config.parallel.sequence_parallel and tp_size > 1,
             grad_accum_steps=accum,
             total_steps=total_steps,
             tokens_per_step=tokens_per_step,
@@ -63,11 +72,14 @@ class Plan:
         """The plan as aligned text; with a rate, the expected wall time too."""
         s = self.shape
         heads = f"{s.num_heads} heads ({s.num_kv_heads} kv)"
-        split = f"dp {self.dp_size} x accumulation {self.grad_accum_steps}"
+        tp = f"tp {self.tp_size}{' with sequence parallelism' * self.sequence_parallel} x " if self.tp_size > 1 else ""
+        split = f"dp {self.dp_size} x {tp}accumulation {self.grad_accum_steps}"
+        rows_held = padded_vocab_size(s.vocab_size, self.tp_size)
+        vocab = f"vocab {s.vocab_size:,}" + (f" (padded to {rows_held:,})" if rows_held > s.vocab_size else "")
         rows = [
             (
                 "model",
-                f"{s.num_layers} layers x {s.hidden_size}, {heads}, ffn {s.ffn_hidden_size}, vocab {s.vocab_size:,}",
+                f"{s.num_layers} layers x {s.hidden_size}, {heads}, ffn {s.ffn_hidden_size}, {vocab}",
             ),
             ("parameters", f"{self.params:,} ({self.non_embedding_params:,} without embeddings)"),
             ("batch", f"{self.tokens_per_step:,} tokens a step = {split}, sequences of {s.seq_length:,}"),
@@ -134,3 +146,24 @@ def _check(config: Config, engine: str, total_steps: int) -> None:
     for key in ("every", "keep"):
         if getattr(config.checkpoint, key) < (1 if key == "keep" else 0):
             raise ValueError(f"checkpoint.{key}={getattr(config.checkpoint, key)} is too small")
+
+
+def _check_tensor_parallel(config: Config, shape: ModelShape) -> None:
+    tp = config.parallel.tensor_parallel_size
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        size = getattr(shape, name)
+        if size % tp:
+            raise ValueError(
+                f"parallel.tensor_parallel_size={tp} does not divide model.{name}={size}: each rank holds whole heads "
+                f"and an equal part of the ffn; largest size that fits: {_largest_tp(shape, tp)}"
+            )
+    if config.parallel.sequence_parallel and shape.seq_length % tp:
+        raise ValueError(
+            f"parallel.sequence_parallel: data.seq_length={shape.seq_length} is not divisible by "
+            f"parallel.tensor_parallel_size={tp}"
+        )
+
+
+def _largest_tp(shape: ModelShape, below: int) -> int:
+    common = math.gcd(shape.num_heads, shape.num_kv_heads, shape.ffn_hidden_size)
+    return max(size for size in range(1, below) if common % size == 0)

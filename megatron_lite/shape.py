@@ -98,6 +98,16 @@ def resolve_shape(config: ModelConfig, seq_length: int, vocab_size: int | None) 
     return shape
 
 
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding and the head over all tensor-parallel ranks.
+
+    The vocabulary itself where tp divides it. Otherwise up to a multiple of 64 * tp: rows must be added anyway, and
+    matmuls are fastest in multiples of 128 bytes (NVIDIA, Matrix Multiplication Background, for A100), 64 in bf16.
+    """
+    multiple = 64 * tp_size
+    return vocab_size if vocab_size % tp_size == 0 else -(-vocab_size // multiple) * multiple
+
+
 def _vocab_size(configured: int | None, in_shards: int | None) -> int:
     if configured is None:
         return in_shards or DEFAULT_VOCAB_SIZE

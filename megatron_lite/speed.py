@@ -28,7 +28,7 @@ def measure_speed(config: Config, plan: Plan, mesh: Mesh) -> Speed:
     """A few micro-batches of the real model on this device; for models too large to try, peak x assumed MFU."""
     micro_tokens = config.batch.micro_batch_size * config.data.seq_length
     if plan.flops_per_token * micro_tokens <= MEASURABLE_FLOPS or mesh.device.type == "cuda":
-        return Speed(mesh.size * _micro_batch_rate(config, plan, mesh), "(measured on this machine)")
+        return Speed(mesh.dp_size * _micro_batch_rate(config, plan, mesh), "(measured on this machine)")
     flops = _gemm_flops(mesh.device)
     return Speed(
         mesh.size * flops * ASSUMED_MFU / plan.flops_per_token, f"(estimated: {flops:.3g} FLOP/s here, MFU 0.4)"
@@ -36,7 +36,7 @@ def measure_speed(config: Config, plan: Plan, mesh: Mesh) -> Speed:
 
 
 def _micro_batch_rate(config: Config, plan: Plan, mesh: Mesh) -> float:
-    model = GPT(plan.shape, config.seed).to(mesh.device)
+    model = GPT(plan.shape, config.seed, mesh.tp).to(mesh.device)
     shape = (config.batch.micro_batch_size, config.data.seq_length)
     tokens_BT = torch.zeros(shape, dtype=torch.long, device=mesh.device)
     autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")

@@ -25,6 +25,7 @@ from megatron_lite.optim import learning_rate
 from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
 from megatron_lite.process import collect_garbage, manual_gc, stop_signal
 from megatron_lite.shape import DEFAULT_VOCAB_SIZE
+from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_shapes
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 # A resumed run may differ in these; in anything else it would be another run.
@@ -79,7 +80,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     mixture = mixture or load_mixture(config)
-    mesh = Mesh.from_env()
+    mesh = Mesh.from_env(config.parallel)
     with folder_lock(config.run_dir) if mesh.is_main else contextlib.nullcontext():
         loader, plan = resolve(config, mixture, mesh)
         run_hash = config_hash({"config": identity(to_dict(config)), "data": loader.fingerprint()})
@@ -111,15 +112,15 @@ def load_mixture(config: Config) -> Mixture:
 
 def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader, Plan]:
     """Opens the shards and works out the plan; every cross-check of config, data and launch happens here."""
-    grad_accum_steps(config, mesh.size)  # refuses batch sizes before any shard is opened
+    grad_accum_steps(config, mesh.dp_size)  # refuses batch sizes before any shard is opened
     loader = BlendedLoader(
         mixture,
         seq_length=config.data.seq_length,
         seed=config.seed,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
-        dp_rank=mesh.rank,
-        dp_size=mesh.size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
         vocab_size=config.model.vocab_size or DEFAULT_VOCAB_SIZE,  # where no sidecar says
     )
     vocab_size = loader.meta.vocab_size if loader.meta else None
@@ -207,7 +208,11 @@ def non_finite(run: Run, grad_norm: float) -> FloatingPointError:
 
 def save(run: Run) -> None:
     """Writes a checkpoint: gathering is for every rank, writing for rank 0."""
-    optim = run.engine.state_dict()
+    module, tp = run.engine.module, run.mesh.tp
+    optim, model = run.engine.state_dict(), {}
+    if run.mesh.dp_rank == 0:  # the other data-parallel ranks hold the same
+        model = gather_whole(dict(module.named_parameters()), module, tp)
+        optim = gather_whole(optim, module, tp)
     if run.mesh.is_main:
         state = {
             "consumed_samples": run.step * run.config.batch.global_batch_size,
@@ -216,7 +221,6 @@ def save(run: Run) -> None:
             "data": run.loader.fingerprint(),
             "plan": run.plan.to_dict(),
         }
-        model = dict(run.engine.module.named_parameters())
         run.saver.save(run.step, model, optim, state)
     run.mesh.barrier()
 
@@ -237,12 +241,13 @@ def load(run: Run) -> None:
         raise ValueError(
             f"{path}: cannot resume, this is another run: {'; '.join(changes)}. Undo it, or use a new out_dir"
         )
-    module = run.engine.module
-    params = checkpoint.load_tensors(path, "model.safetensors", {n: p.shape for n, p in module.named_parameters()})
+    module, tp = run.engine.module, run.mesh.tp
+    cut = slicer(module, tp)
+    params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
     with torch.no_grad():
         for name, param in module.named_parameters():
             param.copy_(params[name])
-    run.engine.load_state_dict(checkpoint.load_tensors(path, "optim.safetensors", optim_names(module)))
+    run.engine.load_state_dict(checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
     run.step = step
 
 

@@ -14,6 +14,7 @@ from megatron_lite.data.loader import Batch
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
 from megatron_lite.plan import Plan
+from megatron_lite.tensor_parallel.shards import whole_shapes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class Engine(Protocol):
         """Clips, updates at ``lr`` and zeroes gradients; an update with a non-finite norm is left out."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Optimizer state as logical tensors: step, exp_avg/<param>, exp_avg_sq/<param>; every rank must call."""
+        """Optimizer state: step, exp_avg/<param>, exp_avg_sq/<param>; every rank must call.
+
+        Tensors have the shape of ``module``'s parameters, whatever the data-parallel ranks share: the loop joins the
+        slices of tensor-parallel ranks.
+        """
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes back what state_dict gave, from any engine and any rank count."""
@@ -57,5 +62,5 @@ def build_engine(config: Config, plan: Plan, mesh: Mesh) -> Engine:
 
 def optim_names(module: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of the logical optimizer state of a model under AdamW."""
-    shapes = {f"{moment}/{n}": p.shape for moment in ("exp_avg", "exp_avg_sq") for n, p in module.named_parameters()}
-    return {"step": torch.Size([]), **shapes}
+    shapes = whole_shapes(module)
+    return {"step": torch.Size([])} | {f"{m}/{n}": s for m in ("exp_avg", "exp_avg_sq") for n, s in shapes.items()}

@@ -19,9 +19,9 @@ from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
 from megatron_lite.engine import StepStats
 from megatron_lite.engine.torch_engine import compile_in_place, moments, set_moments, summed_loss
-from megatron_lite.mesh import Mesh
+from megatron_lite.mesh import MegatronUnit, Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, param_groups
+from megatron_lite.optim import build_optimizer, clip_grad_norm, param_groups
 from megatron_lite.plan import Plan
 
 OWNED = {  # DeepSpeed's key: the key of ours that decides it
@@ -43,7 +43,7 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         deepspeed = import_deepspeed()
         self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
-        self.module = GPT(plan.shape, config.seed).to(mesh.device)
+        self.module = GPT(plan.shape, config.seed, mesh.tp).to(mesh.device)
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
@@ -55,6 +55,7 @@ class DeepSpeedEngine:
             optimizer=self.optimizer,
             config=deepspeed_json(config, plan),
             dist_init_required=False,
+            mpu=MegatronUnit(mesh) if mesh.tp.size > 1 else None,
         )
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
@@ -63,7 +64,7 @@ class DeepSpeedEngine:
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             loss = summed_loss(self.engine, batch, self.mesh.device, self.autocast)
-            self.engine.backward(loss * (self.mesh.size / num_loss_tokens), scale_wrt_gas=False)
+            self.engine.backward(loss * (self.mesh.dp_size / num_loss_tokens), scale_wrt_gas=False)
             total += loss.detach()
         return total
 
@@ -76,8 +77,7 @@ class DeepSpeedEngine:
             norm = float(self.engine.get_global_grad_norm())
             return StepStats(norm, skipped=not math.isfinite(norm))
         # at stage 0 DeepSpeed clips and forgets the norm; gradients are reduced by now, so we clip ourselves
-        limit = self.clip_grad if self.clip_grad > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit).item()
+        norm = clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
         if math.isfinite(norm):
             self.engine.step()
         return StepStats(norm, skipped=not math.isfinite(norm))

@@ -18,7 +18,7 @@ from megatron_lite.engine import StepStats
 from megatron_lite.engine.zero import ZeroAdamW
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, param_groups
+from megatron_lite.optim import build_optimizer, clip_grad_norm, param_groups
 from megatron_lite.plan import Plan
 
 
@@ -27,34 +27,33 @@ class TorchEngine:
 
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         self.mesh, self.clip_grad = mesh, config.optim.clip_grad
-        self.module = GPT(plan.shape, config.seed).to(mesh.device)
+        self.module = GPT(plan.shape, config.seed, mesh.tp).to(mesh.device)
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
         self.ddp: nn.Module = self.module
-        if mesh.size > 1:
-            self.ddp = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        if mesh.dp_size > 1:
+            self.ddp = DistributedDataParallel(self.module, process_group=mesh.dp_group, gradient_as_bucket_view=True)
         self.optimizer: torch.optim.AdamW | ZeroAdamW
-        if plan.zero_stage and mesh.size > 1:
-            self.optimizer = ZeroAdamW(self.module, config.optim, None, mesh.rank, mesh.size)
+        if plan.zero_stage and mesh.dp_size > 1:
+            self.optimizer = ZeroAdamW(self.module, config.optim, mesh.dp_group, mesh.dp_rank, mesh.dp_size)
         else:
             self.optimizer = build_optimizer(param_groups(self.module, config.optim.weight_decay), config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
-        """DDP averages over ranks, hence the factor ``size``: what is left is the sum over the global count."""
+        """DDP averages over ranks, hence the factor ``dp_size``: what is left is the sum over the global count."""
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
             with self._no_sync(last=i == len(micro_batches) - 1):
                 loss = summed_loss(self.ddp, batch, self.mesh.device, self.autocast)
-                (loss * (self.mesh.size / num_loss_tokens)).backward()
+                (loss * (self.mesh.dp_size / num_loss_tokens)).backward()
             total += loss.detach()
         return total
 
     def step(self, lr: float) -> StepStats:
         """See Engine.step. The norm is the same on every rank, so all of them skip or none."""
-        limit = self.clip_grad if self.clip_grad > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit).item()
+        norm = clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
         skipped = not math.isfinite(norm)
         if not skipped:
             for group in self.optimizer.param_groups:
@@ -77,7 +76,7 @@ class TorchEngine:
             set_moments(self.module, self.optimizer, state)
 
     def _no_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or self.mesh.size == 1:
+        if last or self.mesh.dp_size == 1:
             return contextlib.nullcontext()
         return cast(DistributedDataParallel, self.ddp).no_sync()  # ranks reduce once a step, in the last micro-batch
 
@@ -117,7 +116,8 @@ def compile_in_place(module: GPT) -> None:
     """torch.compile with static shapes, parameter names unchanged; where that fails, one warning and no compilation."""
     module.compile(dynamic=False)
     try:
-        tokens = torch.zeros(1, 8, dtype=torch.long, device=next(module.parameters()).device)
+        length = min(8 * module.tp.size, module.shape.seq_length)
+        tokens = torch.zeros(1, length, dtype=torch.long, device=next(module.parameters()).device)
         with torch.no_grad():
             module(tokens, tokens)
     except Exception as error:
