@@ -131,7 +131,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(
-    path: Path, name: str, want: Mapping[str, torch.Size], cut: Callable[[str, Tensor], Tensor]
+    path: Path,
+    name: str,
+    want: Mapping[str, torch.Size],
+    cut: Callable[[str, Tensor], Tensor] = lambda _, whole: whole,
 ) -> dict[str, Tensor]:
     """Tensors of ``name`` (model.safetensors or optim.safetensors); ValueError when names or shapes differ.
 

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from megatron_lite.mesh import TensorParallel
 
+# torch 2.13 renamed the two; the old names go on working with a warning
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def enter_region(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
     """Input of a layer cut by columns: whole on every rank. Under sequence parallelism [B, T/tp, D] -> [B, T, D]."""
@@ -97,7 +101,7 @@ def all_gather_sequence(x_BSD: Tensor, tp: TensorParallel) -> Tensor:
     """[B, T/tp, ...] -> [B, T, ...]: every rank sends its positions and receives everybody's, in rank order."""
     B, S, *rest = x_BSD.shape
     out = x_BSD.new_empty(tp.size * B, S, *rest)
-    dist.all_gather_into_tensor(out, x_BSD.contiguous(), group=tp.group)
+    all_gather_single(out, x_BSD.contiguous(), group=tp.group)
     return out.view(tp.size, B, S, *rest).transpose(0, 1).reshape(B, tp.size * S, *rest)
 
 
@@ -107,5 +111,5 @@ def reduce_scatter_sequence(x_BTD: Tensor, tp: TensorParallel) -> Tensor:
     assert T % tp.size == 0, f"{T} positions over {tp.size} ranks"
     parts = x_BTD.view(B, tp.size, T // tp.size, *rest).transpose(0, 1).contiguous()
     out = x_BTD.new_empty(B, T // tp.size, *rest)
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=tp.group)
+    reduce_scatter_single(out, parts.flatten(0, 1), group=tp.group)
     return out
