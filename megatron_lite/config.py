@@ -131,6 +131,7 @@ class Config:
     name: str = "run"  # names the run in logs and in its folder
     out_dir: str = "runs/{name}"  # run folder; {name} is replaced
     seed: int = 1234  # initialisation and data order are functions of it
+    init_from: str | None = None  # start from these weights: a step_* or run folder, or Hugging Face's Llama
     mixture: str | None = None  # mixture.yaml, RegMix's format or ours; the same as --mixture
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed when its launcher started us
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute type; auto: bf16 on GPU, fp32 on CPU

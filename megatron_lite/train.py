@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_lite import checkpoint
 from megatron_lite.config import Config, config_hash, diff, dump, to_dict
@@ -26,6 +27,7 @@ from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
 from megatron_lite.process import collect_garbage, manual_gc, stop_signal
 from megatron_lite.shape import DEFAULT_VOCAB_SIZE
 from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_shapes
+from megatron_lite.weights import initial_weights
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 # A resumed run may differ in these; in anything else it would be another run.
@@ -146,7 +148,8 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         mixture.save(run_dir / "mixture.yaml")
         atomic_write_json(run_dir / "plan.json", plan.to_dict())
         if config.log.console:
-            print(f"{config.name}: {'resumed at step ' + str(run.step) if run.step else 'new run'}\n{plan.table()}")
+            new = f"new run from {config.init_from}" if config.init_from else "new run"
+            print(f"{config.name}: {f'resumed at step {run.step}' if run.step else new}\n{plan.table()}")
     return run
 
 
@@ -220,6 +223,7 @@ def save(run: Run) -> None:
             "weights": dict(zip(run.mixture.names, run.mixture.weights.tolist(), strict=True)),
             "data": run.loader.fingerprint(),
             "plan": run.plan.to_dict(),
+            "tokenizer": dataclasses.asdict(run.loader.meta),
         }
         run.saver.save(run.step, model, optim, state)
     run.mesh.barrier()
@@ -229,7 +233,13 @@ def load(run: Run) -> None:
     """Resumes from the newest verified checkpoint; rank 0 chooses, so that all ranks load the same one."""
     found = checkpoint.find_checkpoint(run.config.run_dir, run.config.checkpoint.resume) if run.mesh.is_main else None
     step = run.mesh.from_main(checkpoint.load_state(found)["step"] if found else 0)
+    module = run.engine.module
+    cut = slicer(module, run.mesh.tp)
     if step == 0:
+        if run.config.init_from:
+            whole = initial_weights(run.config.init_from, run.plan.shape)
+            fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module).items()}
+            put(run, {name: cut(name, tensor) for name, tensor in whole.items()}, fresh)
         return
     resume = run.config.checkpoint.resume
     path = checkpoint.step_folder(run.config.run_dir, step) if resume == "auto" else Path(resume)
@@ -241,14 +251,17 @@ def load(run: Run) -> None:
         raise ValueError(
             f"{path}: cannot resume, this is another run: {'; '.join(changes)}. Undo it, or use a new out_dir"
         )
-    module, tp = run.engine.module, run.mesh.tp
-    cut = slicer(module, tp)
     params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
-    with torch.no_grad():
-        for name, param in module.named_parameters():
-            param.copy_(params[name])
-    run.engine.load_state_dict(checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
+    put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
     run.step = step
+
+
+def put(run: Run, params: dict[str, Tensor], optim: dict[str, Tensor]) -> None:
+    """This rank's slices of the weights, and then of the optimizer state, into the engine."""
+    with torch.no_grad():
+        for name, param in run.engine.module.named_parameters():
+            param.copy_(params[name])
+    run.engine.load_state_dict(optim)
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
