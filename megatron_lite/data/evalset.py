@@ -78,13 +78,11 @@ def _stream(datasets: Sequence[IndexedDataset], length: int) -> npt.NDArray[Any]
     """At least the first `length` tokens, documents end to end; a view of the file where it holds them in order."""
     pieces: list[npt.NDArray[Any]] = []
     for dataset in datasets:
-        ends = np.cumsum(dataset.lengths, dtype=np.int64)
-        count = int(np.searchsorted(ends, length)) + 1  # sequences that are enough
-        starts = (ends - dataset.lengths)[:count] * dataset.dtype.itemsize
-        if np.array_equal(dataset.pointers[:count], starts):
+        if dataset.contiguous:
             pieces.append(dataset.tokens[: min(length, dataset.num_tokens)])
         else:
-            pieces.extend(dataset[i] for i in range(min(count, len(dataset))))
+            enough = int(np.searchsorted(np.cumsum(dataset.lengths, dtype=np.int64), length)) + 1
+            pieces.extend(dataset[i] for i in range(min(enough, len(dataset))))
         length -= min(length, dataset.num_tokens)
         if length == 0:
             break

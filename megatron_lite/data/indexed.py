@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import mmap
 import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from megatron_lite.data.indexed_writer import CHUNK, DTYPES, HEADER, MAGIC, IndexedWriter, optimal_dtype, write_index
-from megatron_lite.data.sidecar import ShardMeta, count_blocks, peek, probe_of, read_meta, write_meta
+from megatron_lite.data.indexed_writer import CHUNK, DTYPES, HEADER, MAGIC, IndexedWriter, optimal_dtype
+from megatron_lite.data.mapped import map_file
+from megatron_lite.data.sidecar import ShardMeta, count_blocks, read_meta, write_meta
 
-__all__ = [
-    "DTYPES",
-    "IndexedDataset",
-    "IndexedWriter",
-    "ShardMeta",
-    "optimal_dtype",
-    "read_meta",
-    "resolve_prefix",
-    "write_index",
-    "write_meta",
-]
+__all__ = ["IndexedDataset", "IndexedWriter", "ShardMeta", "optimal_dtype", "read_meta", "resolve_prefix", "write_meta"]
 
 FAIRSEQ_MAGIC = b"TNTIDX\x00\x00"
 
@@ -53,18 +44,25 @@ class IndexedDataset:
     def __init__(self, path: str | os.PathLike[str], neox_float_codes: bool = False) -> None:
         self.prefix = resolve_prefix(path)
         self._idx_path, self._bin_path = self.prefix + ".idx", self.prefix + ".bin"
-        (self._idx_size, *idx_ends), (self.bin_size, *bin_ends) = peek(self._idx_path), peek(self._bin_path)
-        code, self._num_sequences, self._num_indices = self._check_header(idx_ends[0][: HEADER.size])
+        (idx, idx_probe), (raw, bin_probe) = map_file(self._idx_path), map_file(self._bin_path)
+        self._idx_size, self.bin_size = idx.size, raw.size
+        code, num_sequences, num_indices = self._check_header(idx)
         self.dtype = DTYPES[{6: 7, 7: 6}.get(code, code) if neox_float_codes else code]
+        ends = list(itertools.accumulate([HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_indices]))
+        self.lengths: npt.NDArray[np.int32] = idx[ends[0] : ends[1]].view("<i4")
+        self.pointers: npt.NDArray[np.int64] = idx[ends[1] : ends[2]].view("<i8")
+        self.document_indices: npt.NDArray[np.int64] = idx[ends[2] : ends[3]].view("<i8")
+        self.modes: npt.NDArray[np.int8] | None = idx[ends[3] :].view("i1") if idx.size > ends[3] else None
+        self.tokens: npt.NDArray[Any] = raw[: raw.size - raw.size % self.dtype.itemsize].view(self.dtype)
         self.meta = read_meta(self.prefix)
         layout = self.meta.layout if self.meta else None
         self.checked = not (layout and layout.contiguous and layout.sequences_are_documents) or (
-            (layout.bin_size, layout.idx_size) != (self.bin_size, self._idx_size)
+            (layout.bin_size, layout.idx_size) != (raw.size, idx.size)
         )
         self.num_tokens, self.contiguous, self.sequences_are_documents = (
-            self._check_arrays() if self.checked else (self.bin_size // self.dtype.itemsize, True, True)
+            self._check_arrays() if self.checked else (len(self.tokens), True, True)
         )
-        self._check_meta(probe_of(*idx_ends, *bin_ends))
+        self._check_meta(xxhash.xxh3_64_hexdigest(idx_probe + bin_probe))
 
     def check(self) -> None:
         """Check everything that the .idx claims, also where the sidecar vouched for it. ValueError names the place."""
@@ -73,41 +71,6 @@ class IndexedDataset:
             if (found := self._check_arrays()) != facts:
                 raise self._fail(HEADER.size, f"tokens, contiguity, documents are {found}, the sidecar says {facts}")
             self.checked = True
-
-    @functools.cached_property
-    def _index(self) -> npt.NDArray[np.uint8]:
-        return _map_bytes(self._idx_path, self._idx_size)
-
-    def _section(self, number: int) -> npt.NDArray[np.uint8]:
-        n = self._num_sequences
-        ends = list(itertools.accumulate([HEADER.size, 4 * n, 8 * n, 8 * self._num_indices]))
-        return self._index[ends[number] : ends[number + 1] if number < 3 else None]
-
-    @functools.cached_property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens in each sequence [len(self)]; unaligned, like pointers and document_indices."""
-        return self._section(0).view("<i4")
-
-    @functools.cached_property
-    def pointers(self) -> npt.NDArray[np.int64]:
-        """Where each sequence starts in the .bin, in bytes [len(self)]."""
-        return self._section(1).view("<i8")
-
-    @functools.cached_property
-    def document_indices(self) -> npt.NDArray[np.int64]:
-        """The first sequence of each document, then len(self) [num_documents + 1]."""
-        return self._section(2).view("<i8")
-
-    @functools.cached_property
-    def modes(self) -> npt.NDArray[np.int8] | None:
-        """What each sequence of a multimodal shard is [len(self)]; None for text."""
-        return self._section(3).view("i1") if self._section(3).size else None
-
-    @functools.cached_property
-    def tokens(self) -> npt.NDArray[Any]:
-        """The whole .bin, mapped."""
-        raw = _map_bytes(self._bin_path, self.bin_size)
-        return raw[: raw.size - raw.size % self.dtype.itemsize].view(self.dtype)
 
     @functools.cached_property
     def document_lengths(self) -> npt.NDArray[Any]:
@@ -126,10 +89,10 @@ class IndexedDataset:
         return count_blocks(self.document_lengths) if known is None else known
 
     def __len__(self) -> int:
-        return self._num_sequences
+        return len(self.lengths)
 
     def __getitem__(self, i: int) -> npt.NDArray[Any]:
-        i = range(self._num_sequences)[i]
+        i = range(len(self))[i]
         start, end = int(self.pointers[i]), int(self.pointers[i]) + int(self.lengths[i]) * self.dtype.itemsize
         after = (self.pointers[i + 1] if i + 1 < len(self) else self.bin_size) if self.contiguous else end
         if not 0 <= start <= end <= self.bin_size or start % self.dtype.itemsize or end != after:
@@ -139,14 +102,15 @@ class IndexedDataset:
     @property
     def num_documents(self) -> int:
         """Documents in the shard; fewer than len() when documents hold several sequences."""
-        return self._num_indices - 1
+        return len(self.document_indices) - 1
 
     def _fail(self, offset: int, what: str) -> ValueError:
         return ValueError(
             f"{self._idx_path}, offset {offset}: {what}. The shard is damaged or half copied: copy or tokenise it again"
         )
 
-    def _check_header(self, head: bytes) -> tuple[int, int, int]:
+    def _check_header(self, idx: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+        head = idx[: HEADER.size].tobytes()
         if head.startswith(FAIRSEQ_MAGIC):
             raise ValueError(
                 f"{self._idx_path}, offset 0: fairseq's legacy TNTIDX format is not read; "
@@ -162,9 +126,9 @@ class IndexedDataset:
         if code not in DTYPES:
             raise self._fail(17, f"dtype code {code}, known are 1 to {max(DTYPES)}")
         expected = HEADER.size + 12 * num_sequences + 8 * num_indices
-        if self._idx_size not in (expected, expected + num_sequences):
+        if idx.size not in (expected, expected + num_sequences):
             counts = f"{num_sequences} sequences and {num_indices} document indices"
-            raise self._fail(18, f"{counts} need {expected} bytes, the file has {self._idx_size}")
+            raise self._fail(18, f"{counts} need {expected} bytes, the file has {idx.size}")
         if num_indices == 0:
             raise self._fail(26, "no document index; even an empty shard has one, which is 0")
         return code, num_sequences, num_indices
@@ -226,13 +190,3 @@ class IndexedDataset:
                     f"{self.prefix}.meta.json: {key} is {claimed[key]!r}, but the shard has {value!r}; the sidecar "
                     "belongs to another shard, or the files changed after it was written: tokenise again, or delete it"
                 )
-
-
-def _map_bytes(path: str, size: int) -> npt.NDArray[np.uint8]:
-    """The file as a read-only array that keeps its map alive; an empty file cannot be mapped."""
-    if size == 0:
-        return np.zeros(0, dtype=np.uint8)
-    with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size != size:
-            raise ValueError(f"{path}: changed its size while it was open; start again")
-        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), dtype=np.uint8)

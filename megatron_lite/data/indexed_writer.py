@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from megatron_lite.data.sidecar import BlockHash, Layout, count_blocks, measure_layout
+from megatron_lite.data.sidecar import BlockHash, Layout, measure_layout
 from megatron_lite.files import sync
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -53,7 +54,7 @@ class IndexedWriter:
         self.bin_xxh3 = ""
         self.layout: Layout | None = None
         self._lengths: list[npt.NDArray[np.int32]] = []
-        self._hash = BlockHash()
+        self._hash, self._blocks = xxhash.xxh3_64(), BlockHash()
         self._bin_temporary, self._idx_temporary = (f"{self.prefix}.{e}.tmp-{os.getpid()}" for e in ("bin", "idx"))
         os.makedirs(os.path.dirname(self.prefix), exist_ok=True)
         self._file: BinaryIO = open(self._bin_temporary, "wb", buffering=1 << 20)  # noqa: SIM115
@@ -73,6 +74,7 @@ class IndexedWriter:
         payload = self._cast(tokens).tobytes()
         self._file.write(payload)
         self._hash.update(payload)
+        self._blocks.update(payload)
         self._lengths.append(counts.astype(np.int32))
         self.num_documents += counts.size
         self.num_tokens += tokens.size
@@ -95,16 +97,9 @@ class IndexedWriter:
         sync(self._bin_temporary)
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         idx_checksums = write_index(self._idx_temporary, self.dtype, lengths)
-        self.bin_xxh3 = self._hash.whole
-        self.layout = measure_layout(
-            self._idx_temporary,
-            self._bin_temporary,
-            sequences_are_documents=True,
-            contiguous=True,
-            max_document_length=int(lengths.max(initial=0)),
-            block_tokens=count_blocks(lengths),
-            checksums=(self._hash.blocks, idx_checksums),
-        )
+        self.bin_xxh3 = self._hash.hexdigest()
+        checksums = (self._blocks.digests(), idx_checksums)
+        self.layout = measure_layout(self._idx_temporary, self._bin_temporary, lengths, *checksums)
         for old in (self.prefix + ".meta.json", self.prefix + ".idx"):  # never a new .bin under an old index
             if os.path.exists(old):
                 os.unlink(old)
@@ -156,4 +151,4 @@ def write_index(
             whole = np.arange(start, min(start + CHUNK, num_indices), dtype="<i8")
             write((whole if document_indices is None else document_indices[whole].astype("<i8")).data)
     sync(path)
-    return found.blocks
+    return found.digests()

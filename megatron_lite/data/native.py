@@ -21,7 +21,7 @@ import numpy.typing as npt
 from megatron_lite.data import reference
 from megatron_lite.data.batch import NO_MARKS, DocumentOptions, Rows
 from megatron_lite.data.blend import Blend
-from megatron_lite.data.indexed import DTYPES
+from megatron_lite.data.indexed_writer import DTYPES
 from megatron_lite.data.quota import QuotaTree
 from megatron_lite.data.samples import NEEDS_EPOCH, DomainSamples, Shard
 

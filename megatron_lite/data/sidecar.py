@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_lite.data.mapped import map_file
 from megatron_lite.files import atomic_write
 
 VERSION = 2
 BLOCK = 256  # documents whose tokens are counted together: what samples.py keeps together in every epoch
 CHECKSUM_BLOCK = 64 << 20  # bytes under one checksum
-PROBE = 4096  # bytes that are read, and hashed, at two places of a file whenever it is opened
 SEAL = b',\n "meta_xxh3": "'
 
 
@@ -66,36 +66,22 @@ class ShardMeta:
 
 def count_blocks(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Tokens in each block of 256 documents with these lengths."""
-    if not len(lengths):
-        return np.zeros(0, dtype=np.int64)
-    return np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK), dtype=np.int64)
+    return np.add.reduceat(np.append(lengths, 0), np.arange(0, len(lengths), BLOCK), dtype=np.int64)
 
 
 def measure_layout(
     idx_path: str,
     bin_path: str,
-    *,
-    sequences_are_documents: bool,
-    contiguous: bool,
-    max_document_length: int,
-    block_tokens: npt.NDArray[np.int64],
-    checksums: tuple[list[str], list[str]] | None = None,
+    document_lengths: npt.NDArray[Any],
+    bin_checksums: list[str],
+    idx_checksums: list[str],
+    shape: tuple[bool, bool] = (True, True),
 ) -> Layout:
-    """The layout of these files. `checksums` are those of .bin and .idx; without them both files are read whole."""
-    (idx_size, *idx_ends), (bin_size, *bin_ends) = peek(idx_path), peek(bin_path)
-    of_bin, of_idx = checksums or (hash_file(bin_path).blocks, hash_file(idx_path).blocks)
-    return Layout(
-        bin_size=bin_size,
-        idx_size=idx_size,
-        probe=probe_of(*idx_ends, *bin_ends),
-        sequences_are_documents=sequences_are_documents,
-        contiguous=contiguous,
-        max_document_length=max_document_length,
-        block_tokens=_pack(block_tokens),
-        checksum_block=CHECKSUM_BLOCK,
-        bin_checksums=of_bin,
-        idx_checksums=of_idx,
-    )
+    """The layout of two files; `shape` is (sequences_are_documents, contiguous)."""
+    (idx, idx_probe), (raw, bin_probe) = map_file(idx_path), map_file(bin_path)
+    probe, longest = xxhash.xxh3_64_hexdigest(idx_probe + bin_probe), int(document_lengths.max(initial=0))
+    blocks = _pack(count_blocks(document_lengths))
+    return Layout(raw.size, idx.size, probe, *shape, longest, blocks, CHECKSUM_BLOCK, bin_checksums, idx_checksums)
 
 
 def _pack(block_tokens: npt.NDArray[np.int64]) -> str:
@@ -120,58 +106,25 @@ def _unpack(text: str, num_documents: int, num_tokens: int) -> npt.NDArray[np.in
 
 
 class BlockHash:
-    """xxh3-64 of every CHECKSUM_BLOCK bytes of a stream, and of the whole of it."""
+    """xxh3-64 of every `block` bytes of a stream."""
 
     def __init__(self, block: int = CHECKSUM_BLOCK) -> None:
-        self._block, self._filled, self._done = block, 0, list[str]()
-        self._part, self._whole = xxhash.xxh3_64(), xxhash.xxh3_64()
+        self.block, self.size, self._parts = block, 0, list[xxhash.xxh3_64]()
 
     def update(self, data: Any) -> None:
         """Take in the next bytes: any buffer."""
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        self._whole.update(view)
-        while len(view):
-            piece, view = view[: self._block - self._filled], view[self._block - self._filled :]
-            self._part.update(piece)
-            self._filled += len(piece)
-            if self._filled == self._block:
-                self._done.append(self._part.hexdigest())
-                self._part.reset()
-                self._filled = 0
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
+        while view:
+            if self.size % self.block == 0:
+                self._parts.append(xxhash.xxh3_64())
+            piece = view[: self.block - self.size % self.block]
+            self._parts[-1].update(piece)
+            self.size, view = self.size + len(piece), view[len(piece) :]
 
-    @property
-    def blocks(self) -> list[str]:
-        """Checksums so far, that of a last partial block included."""
-        return [*self._done, self._part.hexdigest()] if self._filled else list(self._done)
-
-    @property
-    def whole(self) -> str:
-        """Checksum of all that was taken in."""
-        return self._whole.hexdigest()
-
-
-def hash_file(path: str, block: int = CHECKSUM_BLOCK) -> BlockHash:
-    """Reads a file once, in pieces of 4 MiB."""
-    found = BlockHash(block)
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(1 << 22):
-            found.update(piece)
-    return found
-
-
-def peek(path: str) -> tuple[int, bytes, bytes]:
-    """Size in bytes of a file, its first 4 KiB, and 2 KiB on either side of 3/5 of it: in an .idx the last pointers."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(handle).st_size
-        return size, os.pread(handle, PROBE, 0), os.pread(handle, PROBE, max(0, size * 3 // 5 - PROBE // 2))
-    finally:
-        os.close(handle)
-
-
-def probe_of(*ends: bytes) -> str:
-    """Layout.probe: what peek saw of .idx, then of .bin."""
-    return xxhash.xxh3_64_hexdigest(b"".join(ends))
+    def digests(self) -> list[str]:
+        """The checksums so far, that of a last partial block included."""
+        return [part.hexdigest() for part in self._parts]
 
 
 def read_meta(prefix: str | os.PathLike[str]) -> ShardMeta | None:

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_lite.data.indexed import (
-    DTYPES,
-    IndexedDataset,
-    IndexedWriter,
-    optimal_dtype,
-    resolve_prefix,
-    write_index,
-)
+from megatron_lite.data.indexed import IndexedDataset, IndexedWriter, optimal_dtype, resolve_prefix
+from megatron_lite.data.indexed_writer import DTYPES, write_index
 
 DOCUMENTS = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10, 11]]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_lite.data import reference
-from megatron_lite.data.indexed import IndexedDataset, write_index
+from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.indexed_writer import write_index
 from megatron_lite.data.samples import DomainSamples
 
 
