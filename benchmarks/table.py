@@ -24,6 +24,11 @@ def rate_row(key: str, ours: float, peer: float, unit: str) -> Row:
     return Row(key, ours, peer, ours / peer, unit)
 
 
+def cost_row(key: str, ours: float, peer: float, unit: str) -> Row:
+    """A row where less is better."""
+    return Row(key, ours, peer, peer / ours, unit)
+
+
 def print_rows(rows: Sequence[Row], as_json: bool) -> None:
     """``{"rows": [...]}`` or an aligned table on stdout."""
     if as_json:

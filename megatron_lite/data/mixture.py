@@ -33,6 +33,7 @@ class Domain:
     prefixes: tuple[str, ...]  # absolute, without .bin/.idx
     weight: float
     max_epochs: float | None = None
+    written: float | None = field(default=None, compare=False)  # weight as given, not made to sum to 1
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Mixture:
                 known = ", ".join(self.names)
                 raise ValueError(f"{where}: no domain {name!r}{nearest(name, self.names)}; the mixture has {known}")
         normalised = _normalise(where, {name: weights.get(name, 0.0) for name in self.names})
-        domains = tuple(replace(domain, weight=normalised[domain.name]) for domain in self.domains)
+        domains = tuple(replace(domain, weight=normalised[domain.name], written=None) for domain in self.domains)
         return replace(self, domains=domains, path="", epochs={})
 
     def save(self, path: str | os.PathLike[str]) -> Mixture:
@@ -140,8 +141,10 @@ def _build_domains(where: str, folder: str, entries: dict[str, dict[str, Any]]) 
         named[name] = entry
     weights = _normalise(where, {name: entry["weight"] for name, entry in named.items()})
     return tuple(
-        Domain(name, _find(where, folder, "train_", name, entry["paths"]), weights[name], entry["max_epochs"])
-        for name, entry in named.items()
+        Domain(
+            name, _find(where, folder, "train_", name, e["paths"]), weights[name], e["max_epochs"], float(e["weight"])
+        )
+        for name, e in named.items()
     )
 
 

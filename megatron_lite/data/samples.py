@@ -107,6 +107,8 @@ class DomainSamples:
                         "sample_order=contiguous needs: use documents, or write it again with data_tools/merge_data.py"
                     )
                 lengths, pointers = np.zeros(0, np.int32), np.zeros(0, np.int64)
+            elif order == "megatron":  # GPTDataset counts sequences
+                lengths, pointers = dataset.lengths, dataset.pointers
             else:
                 lengths, pointers = _documents(dataset)
             if order == "documents":

@@ -1,0 +1,1 @@
+"""Reading data against megatron-core's own classes: python -m benchmarks.data."""
