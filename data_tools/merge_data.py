@@ -15,7 +15,8 @@ if not __package__:  # run as a file: python data_tools/merge_data.py
 
 from megatron_lite.data.indexed import IndexedDataset, IndexedWriter, ShardMeta, resolve_prefix, write_meta
 
-BLOCK_DOCUMENTS = 1 << 12  # copied at a time
+CHUNK = 1 << 20  # documents whose lengths are in memory at a time
+BLOCK_TOKENS = 1 << 22  # copied at a time, or one document
 
 
 def merge(prefixes: Sequence[str | Path], output_prefix: str | Path) -> ShardMeta | None:
@@ -26,6 +27,7 @@ def merge(prefixes: Sequence[str | Path], output_prefix: str | Path) -> ShardMet
     """
     shards = [IndexedDataset(prefix) for prefix in _expand(prefixes)]
     for shard in shards:
+        shard.check()
         _check_same(shards[0], shard)
         if Path(shard.prefix) == Path(output_prefix).absolute():
             raise ValueError(f"{output_prefix} is both input and output; choose another output prefix")
@@ -75,8 +77,9 @@ def _expand(prefixes: Sequence[str | Path]) -> list[str]:
 
 
 def _check_same(first: IndexedDataset, other: IndexedDataset) -> None:
-    if other.num_documents != len(other):
-        raise ValueError(f"{other.prefix}: its documents hold several sequences each; merge works on whole documents")
+    if not other.sequences_are_documents or other.modes is not None:
+        kind = "holds modes, so it is multimodal" if other.modes is not None else "has documents of several sequences"
+        raise ValueError(f"{other.prefix} {kind}; merge copies plain text shards, one sequence a document")
     if (first.meta is None) != (other.meta is None):
         without = first if first.meta is None else other
         raise ValueError(f"{without.prefix} has no .meta.json, the others do: tokenise it again, or remove theirs")
@@ -93,11 +96,20 @@ def _check_same(first: IndexedDataset, other: IndexedDataset) -> None:
 def _copy(shard: IndexedDataset, writer: IndexedWriter) -> None:
     """Append a shard's documents. Pointers are followed, so sequences need not lie end to end in its .bin."""
     item = shard.dtype.itemsize
-    for start in range(0, len(shard), BLOCK_DOCUMENTS):
-        lengths = shard.lengths[start : start + BLOCK_DOCUMENTS]
-        begins = np.asarray(shard.pointers[start : start + BLOCK_DOCUMENTS]) // item
-        tokens = [shard.tokens[begin : begin + n] for begin, n in zip(begins, lengths, strict=True)]
-        writer.add_documents(np.concatenate(tokens), lengths)
+    for start in range(0, len(shard), CHUNK):
+        ends = np.cumsum(shard.lengths[start : start + CHUNK], dtype=np.int64)
+        first = 0
+        while first < len(ends):
+            before = int(ends[first - 1]) if first else 0
+            after = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
+            lengths = shard.lengths[start + first : start + after]
+            begins = shard.pointers[start + first : start + after] // item
+            if shard.contiguous:
+                tokens = shard.tokens[int(begins[0]) : int(begins[0]) + int(ends[after - 1]) - before]
+            else:
+                tokens = np.concatenate([shard.tokens[a : a + n] for a, n in zip(begins, lengths, strict=True)])
+            writer.add_documents(tokens, lengths)
+            first = after
 
 
 def main(argv: Sequence[str] | None = None) -> int:
