@@ -6,6 +6,7 @@
 PYTHON ?= python3.11
 TORCH ?= $(or $(shell cat .venv/torch 2>/dev/null),torch==2.13.0)
 DEEPSPEED ?= deepspeed==0.19.8
+MEGATRON ?= megatron-core==0.16.1
 DEMO_CONFIG ?= configs/search/demo.yaml
 PYTEST_ARGS ?=
 ARGS ?=
@@ -40,6 +41,9 @@ $(STAMP): .venv/bin/python $(SOURCES)
 	@echo "install: $(DEEPSPEED)"
 	@$(PIP) --no-build-isolation $(DEEPSPEED) >.venv/deepspeed.log 2>&1 || \
 		echo "install: DeepSpeed did not build (see .venv/deepspeed.log); going on without it: its tests are skipped"
+	@echo "install: $(MEGATRON)"
+	@$(PIP) --no-deps --only-binary :all: $(MEGATRON) >.venv/megatron.log 2>&1 || \
+		echo "install: no wheel of megatron-core here (see .venv/megatron.log); going on without it: comparisons with it are skipped"
 	@touch $@
 
 demo: $(STAMP)

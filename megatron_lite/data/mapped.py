@@ -35,9 +35,8 @@ def map_file(path: str) -> tuple[npt.NDArray[np.uint8], bytes]:
     if address in (None, ctypes.c_void_p(-1).value):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
     owner = (ctypes.c_uint8 * size).from_address(address)
-    weakref.finalize(
-        owner, LIBC.munmap, address, size
-    ).atexit = False  # a thread may still read: leave it to the system
+    unmap = weakref.finalize(owner, LIBC.munmap, address, size)
+    unmap.atexit = False  # a thread may still be reading then
     array = np.frombuffer(memoryview(owner), dtype=np.uint8)
     array.flags.writeable = False
     return array, probe

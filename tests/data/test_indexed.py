@@ -1,7 +1,6 @@
 """The shard format: bytes, round trips, and every way a file can lie."""
 
 import gc
-import importlib.util
 import struct
 
 import numpy as np
@@ -184,32 +183,6 @@ def test_no_byte_makes_the_reader_read_out_of_bounds(tmp_path, position, value, 
         assert "x.idx" in str(error)
     else:
         assert all(len(dataset[i]) == dataset.lengths[i] for i in range(len(dataset)))
-
-
-# -- Megatron's own code, when it is there ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def megatron():
-    if importlib.util.find_spec("megatron") is None:
-        pytest.skip("megatron-core is not installed (pip install 'megatron_lite[bench]')")
-    return pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core does not import")
-
-
-@pytest.mark.parametrize("code", DTYPES)
-def test_megatron_writes_the_same_bytes_and_reads_ours(tmp_path, megatron, code):
-    torch = pytest.importorskip("torch")
-    dtype = DTYPES[code]
-    documents = [d for d in DOCUMENTS if d]
-    write(tmp_path / "ours", documents, dtype)
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype.type)
-    for document in documents:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    for end in (".bin", ".idx"):
-        assert (tmp_path / f"ours{end}").read_bytes() == (tmp_path / f"theirs{end}").read_bytes()
-    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
-    assert [list(theirs[i]) for i in range(len(theirs))] == documents
 
 
 def test_sentences_of_a_document(tmp_path):

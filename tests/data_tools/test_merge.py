@@ -1,14 +1,20 @@
 """merge_data: the bytes of one shard made in one go, and no mixing of tokenizers."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from reference_shard import reference_shard, run, shard_bytes
 from word_corpus import make_texts, write_jsonl
 
+from data_tools import merge_data
+from data_tools.inspect_data import verify
 from data_tools.merge_data import merge
-from megatron_lite.data.indexed import IndexedDataset, read_meta, write_meta
+from megatron_lite.data.indexed import IndexedDataset, IndexedWriter, read_meta, write_meta
+from megatron_lite.data.sidecar import count_blocks
 
 
 def test_merge_equals_preprocessing_in_one_go(tmp_path: Path, hf: Path) -> None:
@@ -54,3 +60,62 @@ def test_merge_refuses_another_dtype(tmp_path: Path, corpus: Path, hf: Path) -> 
     write_meta(b, type(meta)(**{**meta.__dict__, **facts}))
     with pytest.raises(ValueError, match=rf"{a} is uint16, {b} is int32"):
         merge([a, b], tmp_path / "out")
+
+
+def test_merge_streams_documents_of_any_size_and_follows_pointers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied in pieces of 64 documents and of 100 tokens: short, long and empty documents, and a .bin with gaps."""
+    rng = np.random.default_rng(0)
+    parts, expected = [], []
+    for name in "ab":
+        documents = [rng.integers(0, 999, n).tolist() for n in rng.choice([0, 1, 7, 99, 100, 101, 350], 300)]
+        payload, index = reference_shard(documents, 8, "H")
+        if name == "b":  # two bytes that belong to no document before each one
+            gap = 2 * np.arange(1, 301)
+            raw = bytearray(index)
+            at = slice(34 + 4 * 300, 34 + 12 * 300)
+            pointers = np.frombuffer(index[at], "<i8")
+            raw[at] = (pointers + gap).tobytes()
+            index = bytes(raw)
+            payload = b"".join(b"\xff\xff" + np.array(d, "<u2").tobytes() for d in documents)
+        Path(tmp_path / f"{name}.bin").write_bytes(payload)
+        Path(tmp_path / f"{name}.idx").write_bytes(index)
+        parts.append(tmp_path / name)
+        expected += documents
+    monkeypatch.setattr(merge_data, "CHUNK", 64)
+    monkeypatch.setattr(merge_data, "BLOCK_TOKENS", 100)
+    assert IndexedDataset(parts[0]).contiguous and not IndexedDataset(parts[1]).contiguous
+    assert merge(parts, tmp_path / "out") is None
+    assert shard_bytes(tmp_path / "out") == reference_shard(expected, 8, "H")
+
+
+def test_the_merged_sidecar_vouches_for_the_merged_shard(tmp_path: Path, corpus: Path, hf: Path) -> None:
+    parts = [run(tmp_path, corpus, hf, name) for name in "ab"]
+    merge(parts, tmp_path / "out")
+    dataset = IndexedDataset(tmp_path / "out")
+    assert not dataset.checked and dataset.num_documents == 600
+    dataset.check()
+    assert dataset.meta is not None and np.array_equal(dataset.block_tokens, count_blocks(dataset.lengths))
+    assert verify(str(tmp_path / "out")) == []
+
+
+@pytest.mark.slow
+def test_merge_needs_no_memory_for_the_tokens(tmp_path: Path) -> None:
+    """Four shards of 128 MB each; the process stays within 60 MB of what it was when it started."""
+    for i in range(4):
+        with IndexedWriter(tmp_path / f"part{i}", np.int32) as writer:
+            for _ in range(8):
+                writer.add_documents(np.zeros(4 << 20, np.int32), [1 << 12] * (1 << 10))
+    code = (
+        "import resource, sys; from data_tools.merge_data import merge; from pathlib import Path\n"
+        "anonymous = lambda: int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1])\n"
+        "import threading, time; peak = [0]; before = anonymous()\n"
+        "def watch():\n    while True: peak[0] = max(peak[0], anonymous()); time.sleep(0.002)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "merge(sorted(Path(sys.argv[1]).glob('part*.idx')), Path(sys.argv[1]) / 'out')\n"
+        "print((peak[0] - before) // 1024)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert int(done.stdout) < 60 and (tmp_path / "out.bin").stat().st_size == 512 << 20
