@@ -2,7 +2,7 @@
 
     python launch/export.py runs/x --out llama/ --tokenizer tokenizer/            # the newest complete checkpoint
     python launch/export.py runs/x/step_0001000 --out llama/ --tokenizer tokenizer/ --dtype bf16
-    python launch/export.py --from-hf llama/ --out runs/imported                  # a checkpoint of ours, at step 0
+    python launch/export.py --from-hf llama/ --out imported/                     # a checkpoint of ours, at step 0
 
 An export is compared with transformers before it gets its name. Exit codes: 0 done, 2 a mistake in the request or a
 folder that cannot be represented.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,15 +77,17 @@ def export_checkpoint(args: argparse.Namespace) -> int:
 
 
 def import_folder(args: argparse.Namespace) -> int:
-    """Hugging Face folder -> checkpoint of step 0 without optimizer state, for ``init_from``."""
+    """Hugging Face folder -> checkpoint of step 0 for ``init_from``; nothing resumes from it, it has no moments."""
     weights, out = read_weights(args.from_hf), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not an empty folder; name another, or delete it")
     facts = tokenizer_facts(load_tokenizer(args.tokenizer)) if args.tokenizer else weights.tokenizer
     state = {"plan": {"shape": dataclasses.asdict(weights.shape)}, "tokenizer": facts, "source": str(weights.source)}
-    folder = save_checkpoint(out, 0, weights.tensors, {}, state, keep=1)
-    print(f"{args.from_hf} -> {folder}: {weights.shape.params:,} parameters, vocabulary {weights.shape.vocab_size:,}")
-    print(f"start a run from it: launch/pretrain.py ... --set init_from={folder}")
+    temp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    save_checkpoint(temp, 0, weights.tensors, {}, state, keep=1).rename(out)
+    temp.rmdir()
+    print(f"{args.from_hf} -> {out}: {weights.shape.params:,} parameters, vocabulary {weights.shape.vocab_size:,}")
+    print(f"start a run from it: launch/pretrain.py ... --set init_from={out}")
     return 0
 
 
