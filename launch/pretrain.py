@@ -29,6 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
     parser.add_argument("--resume", help="auto (newest complete checkpoint), never, or a step_* folder")
     parser.add_argument(
+        "--allow-change",
+        action="append",
+        metavar="KEY",
+        help="let a resumed run differ in this: mixture, data, or a key of the config; repeatable",
+    )
+    parser.add_argument(
         "--engine", choices=("auto", "torch", "deepspeed"), help="default: deepspeed under its launcher"
     )
     parser.add_argument("--name", help="name of the run; out_dir defaults to runs/NAME")
@@ -41,7 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> Config:
     """--config, then --set, then the flags that are short for a key."""
-    flags = {"mixture": args.mixture, "checkpoint.resume": args.resume, "engine": args.engine, "name": args.name}
+    flags = {
+        "mixture": args.mixture,
+        "checkpoint.resume": args.resume,
+        "checkpoint.allow_change": args.allow_change,
+        "engine": args.engine,
+        "name": args.name,
+    }
     overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return load_config(Config, args.config, overrides)
 
@@ -83,6 +95,7 @@ def pretrain(config: Config) -> int:
 
 def dry_run(config: Config) -> int:
     """Prints what the run would do: every derived number, tokens and epochs by domain, FLOPs, the expected time."""
+    from megatron_lite import tally
     from megatron_lite.mesh import Mesh
     from megatron_lite.optim import schedule_table
     from megatron_lite.speed import measure_speed
@@ -95,10 +108,7 @@ def dry_run(config: Config) -> int:
         print(f"{config.name}: dry run\n{plan.table(speed.tokens_per_s, speed.source)}")
         rates = schedule_table(plan.total_steps, config.optim.lr, config.schedule)
         print("  lr at step  " + ", ".join(f"{step:,}: {rate:.3g}" for step, rate in rates))
-        print(f"  {'domain':<16}  weight  epochs")
-        epochs = loader.epochs(plan.total_steps * config.batch.global_batch_size)
-        for name, weight in zip(mixture.names, mixture.weights, strict=True):
-            print(f"  {name:<16} {weight:7.4f} {epochs[name]:7.2f}")
+        print(f"to draw:\n{tally.table(tally.report(loader, plan.total_steps))}")
     mesh.close()
     return 0
 

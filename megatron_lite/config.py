@@ -7,17 +7,16 @@ error that names the nearest one. Nothing here is mutated or derived, and every 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
+
+from megatron_lite.schema import parse
 
 T = TypeVar("T")
 
@@ -55,6 +54,14 @@ class DataConfig:
 
     data_dir: str | None = None  # folder of the shards; null: what mixture.yaml says
     seq_length: int = 2048  # tokens a sample predicts
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A mixture that takes over in the middle of the run; domains go on where they were."""
+
+    mixture: str  # mixture.yaml; its domains are matched by name with those of before
+    from_tokens: int  # training tokens after which it begins, rounded up to a step
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class CheckpointConfig:
     keep: int = 2  # complete checkpoints kept, newest first
     async_save: bool = False  # write in a thread while training goes on; costs a copy of model and optimizer in memory
     resume: str = "auto"  # auto: newest complete one in out_dir | never | a step_* folder
+    allow_change: tuple[str, ...] = ()  # what a resumed run may change: mixture, data, or a key; same as --allow-change
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class Config:
     seed: int = 1234  # initialisation and data order are functions of it
     init_from: str | None = None  # start from these weights: a step_* or run folder, or Hugging Face's Llama
     mixture: str | None = None  # mixture.yaml, RegMix's format or ours; the same as --mixture
+    phases: tuple[PhaseConfig, ...] = ()  # later mixtures, e.g. [{mixture: anneal.yaml, from_tokens: 8e9}]
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed when its launcher started us
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute type; auto: bf16 on GPU, fp32 on CPU
     compile: bool = False  # torch.compile the model; falls back with one warning
@@ -171,18 +180,6 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     return config
 
 
-def parse(cls: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:
-    """A dict to a dataclass, strictly: unknown keys and wrong types are a ValueError that says where."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, got {data!r}")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {prefix + str(key)!r}.{nearest(str(key), hints)}")
-    values = {k: _convert(hints[k], v, where, prefix + k) for k, v in data.items()}
-    return cls(**values)
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass tree (or a dict) as plain YAML and JSON types; ``parse(cls, to_dict(c))`` gives c back."""
     plain = dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
@@ -209,13 +206,6 @@ def diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return lines
-
-
-def nearest(key: str, known: typing.Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` with the nearest known key, or the list of known keys."""
-    names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -250,50 +240,3 @@ def _override(config: T, text: str) -> T:
     for key in reversed(path.strip().replace("-", "_").split(".")):
         value = {key: value}
     return parse(type(config), _merge(to_dict(config), value), where=f"--set {text}")
-
-
-def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
-    """Checks and converts one YAML value to its annotated type."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where, key)
-    if dataclasses.is_dataclass(hint):
-        return parse(cast(type, hint), value, where, key + ".")
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where}: {key} must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        return _convert_sequence(args, value, where, key)
-    if origin is dict:
-        if isinstance(value, dict):
-            return {
-                str(k): v if args[1] is Any else _convert(args[1], v, where, f"{key}.{k}") for k, v in value.items()
-            }
-        raise ValueError(f"{where}: {key} must be a mapping, got {value!r}")
-    return _convert_scalar(hint, value, where, key)
-
-
-def _convert_sequence(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
-    open_ended = len(args) == 2 and args[1] is Ellipsis
-    if not isinstance(value, list | tuple) or (not open_ended and len(value) != len(args)):
-        raise ValueError(f"{where}: {key} must be a list{'' if open_ended else f' of {len(args)}'}, got {value!r}")
-    kinds = [args[0]] * len(value) if open_ended else list(args)
-    return tuple(_convert(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(kinds, value, strict=True)))
-
-
-def _convert_scalar(hint: Any, value: Any, where: str, key: str) -> Any:
-    if hint is Any or (hint is bool and isinstance(value, bool)) or (hint is str and isinstance(value, str)):
-        return value
-    if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML 1.1 reads 1e9 as text: accept it as the number it is
-        except (TypeError, ValueError):
-            number = float("nan")
-        if hint is float and number == number:
-            return number
-        if hint is int and number == number and abs(number) != float("inf") and number == int(number):
-            return value if isinstance(value, int) else int(number)
-    raise ValueError(f"{where}: {key} must be {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_lite.config import ModelConfig, RopeScaling, parse
+from megatron_lite.config import ModelConfig, RopeScaling
+from megatron_lite.schema import parse
 from megatron_lite.shape import ModelShape
 
 ONLY = {  # key of config.json: the one value that our model can represent

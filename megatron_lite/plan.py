@@ -133,6 +133,14 @@ def _check(config: Config, engine: str, total_steps: int) -> None:
         raise ValueError(f"schedule.total_tokens={schedule.total_tokens} must be at least 1")
     if not 0 <= schedule.warmup_steps <= total_steps:
         raise ValueError(f"schedule.warmup_steps={schedule.warmup_steps} must lie in 0..{total_steps}, the run's steps")
+    steps = [
+        -(-phase.from_tokens // (config.batch.global_batch_size * config.data.seq_length)) for phase in config.phases
+    ]
+    if any(b <= a for a, b in zip([0, *steps], [*steps, total_steps], strict=True)):
+        raise ValueError(
+            f"phases: from_tokens {[phase.from_tokens for phase in config.phases]} are steps {steps}; they must rise, "
+            f"from step 1 at the earliest to {total_steps - 1} at the latest (schedule.total_tokens ends the run)"
+        )
     if not 0 < schedule.decay_fraction <= 1:
         raise ValueError(f"schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1]")
     if schedule.decay != "constant" and schedule.min_lr > config.optim.lr:

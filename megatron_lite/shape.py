@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config import ModelConfig, RopeScaling, nearest
+from megatron_lite.config import ModelConfig, RopeScaling
+from megatron_lite.schema import nearest
 
 DEFAULT_VOCAB_SIZE = 50432  # GPT-NeoX's 50,277 tokens padded to 64, as RegMix has it
 

@@ -7,14 +7,13 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lite import checkpoint
-from megatron_lite.config import Config, config_hash, diff, dump, to_dict
+from megatron_lite import checkpoint, resume, tally
+from megatron_lite.config import Config, config_hash, dump, to_dict
 from megatron_lite.data.loader import BlendedLoader, EvalSet
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.engine import Engine, build_engine, optim_names
@@ -30,8 +29,6 @@ from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_sha
 from megatron_lite.weights import initial_weights
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
-# A resumed run may differ in these; in anything else it would be another run.
-MAY_CHANGE = {"name", "out_dir", "mixture", "engine", "compile", "threads", "eval", "checkpoint", "log", "parallel"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ class Run:
     saver: checkpoint.Saver
     metrics: Metrics | None = None  # rank 0 only
     step: int = 0  # optimizer steps completed; consumed samples follow from it
+    allowed: list[Any] = dataclasses.field(default_factory=list)  # what changed at resumes, for the record
 
 
 def train(config: Config, mixture: Mixture | None = None) -> RunResult:
@@ -85,7 +83,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
     mesh = Mesh.from_env(config.parallel)
     with folder_lock(config.run_dir) if mesh.is_main else contextlib.nullcontext():
         loader, plan = resolve(config, mixture, mesh)
-        run_hash = config_hash({"config": identity(to_dict(config)), "data": loader.fingerprint()})
+        run_hash = config_hash({"config": resume.identity(to_dict(config)), "data": loader.fingerprint()})
         done = finished(config, run_hash)
         if mesh.from_main(int(done is not None)):
             assert done is not None
@@ -99,6 +97,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
             run.saver.close()  # also after a signal: the checkpoint that is being written is the one to resume from
             if run.metrics:
                 run.metrics.close()
+        report(run, run.step, "drawn")
         result = collect(run, results, time.perf_counter() - start, run_hash)
         if mesh.is_main:
             atomic_write_json(config.run_dir / "result.json", dataclasses.asdict(result))
@@ -128,7 +127,11 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
     vocab_size = loader.meta.vocab_size if loader.meta else None
     deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
     plan = Plan.resolve(config, mesh.size, vocab_size, mesh.device.type == "cuda", deepspeed)
-    loader.check_epochs(config.schedule.total_tokens // config.data.seq_length)  # what was asked, not rounded to steps
+    for phase in config.phases:
+        first_step = -(-phase.from_tokens // plan.tokens_per_step)
+        loader.change_mixture(first_step, Mixture.load(phase.mixture, config.data.data_dir))
+    asked = config.schedule.total_tokens // config.data.seq_length  # samples, not rounded to steps
+    tally.check_epochs(loader, asked)
     return loader, plan
 
 
@@ -136,7 +139,7 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
     """Model, optimizer, evaluation sets; the newest checkpoint loaded; the run folder begun."""
     sets = [
         EvalSet(name, prefixes, config.data.seq_length, config.eval.max_tokens, config.batch.micro_batch_size)
-        for name, prefixes in mixture.valid.items()
+        for name, prefixes in loader.valid.items()
     ]
     saver = checkpoint.Saver(config.run_dir, config.checkpoint.keep, config.checkpoint.async_save)
     run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver)
@@ -150,7 +153,17 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         if config.log.console:
             new = f"new run from {config.init_from}" if config.init_from else "new run"
             print(f"{config.name}: {f'resumed at step {run.step}' if run.step else new}\n{plan.table()}")
+    report(run, plan.total_steps, "to draw")
     return run
+
+
+def report(run: Run, steps: int, what: str) -> None:
+    """By domain: weights asked for and realised, tokens, epochs. On the console and in the run's data.json."""
+    if run.mesh.is_main:
+        found = tally.report(run.loader, steps)
+        atomic_write_json(run.config.run_dir / "data.json", {"done": run.step, **found})
+        if run.config.log.console:
+            print(f"{what}:\n{tally.table(found)}", flush=True)
 
 
 def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
@@ -217,43 +230,23 @@ def save(run: Run) -> None:
         model = gather_whole(dict(module.named_parameters()), module, tp)
         optim = gather_whole(optim, module, tp)
     if run.mesh.is_main:
-        state = {
-            "consumed_samples": run.step * run.config.batch.global_batch_size,
-            "config": to_dict(run.config),
-            "weights": dict(zip(run.mixture.names, run.mixture.weights.tolist(), strict=True)),
-            "data": run.loader.fingerprint(),
-            "plan": run.plan.to_dict(),
-            "tokenizer": dataclasses.asdict(run.loader.meta),
-        }
+        state = resume.record(run.config, run.loader, run.plan, run.step, run.allowed)
         run.saver.save(run.step, model, optim, state)
     run.mesh.barrier()
 
 
 def load(run: Run) -> None:
-    """Resumes from the newest verified checkpoint; rank 0 chooses, so that all ranks load the same one."""
-    found = checkpoint.find_checkpoint(run.config.run_dir, run.config.checkpoint.resume) if run.mesh.is_main else None
-    step = run.mesh.from_main(checkpoint.load_state(found)["step"] if found else 0)
+    """Resumes from the newest verified checkpoint, or begins with the weights of init_from."""
+    path, run.step, run.allowed = resume.find(run.config, run.loader, run.mesh)
     module = run.engine.module
     cut = slicer(module, run.mesh.tp)
-    if step == 0:
-        if run.config.init_from:
-            whole = initial_weights(run.config.init_from, run.plan.shape)
-            fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module).items()}
-            put(run, {name: cut(name, tensor) for name, tensor in whole.items()}, fresh)
-        return
-    resume = run.config.checkpoint.resume
-    path = checkpoint.step_folder(run.config.run_dir, step) if resume == "auto" else Path(resume)
-    state = checkpoint.load_state(path)
-    changes = diff(identity(state["config"]), identity(to_dict(run.config)))
-    if state["data"] != run.loader.fingerprint():
-        changes.append("data: shards, weights, seed or sequence length are not the ones the checkpoint was trained on")
-    if changes:
-        raise ValueError(
-            f"{path}: cannot resume, this is another run: {'; '.join(changes)}. Undo it, or use a new out_dir"
-        )
-    params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
-    put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
-    run.step = step
+    if path is not None:
+        params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
+        put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
+    elif run.config.init_from:
+        whole = initial_weights(run.config.init_from, run.plan.shape)
+        fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module).items()}
+        put(run, {name: cut(name, tensor) for name, tensor in whole.items()}, fresh)
 
 
 def put(run: Run, params: dict[str, Tensor], optim: dict[str, Tensor]) -> None:
@@ -262,14 +255,6 @@ def put(run: Run, params: dict[str, Tensor], optim: dict[str, Tensor]) -> None:
         for name, param in run.engine.module.named_parameters():
             param.copy_(params[name])
     run.engine.load_state_dict(optim)
-
-
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config dict that decides what is computed."""
-    kept = {k: v for k, v in config.items() if k not in MAY_CHANGE}
-    kept["batch"] = {"global_batch_size": config["batch"]["global_batch_size"]}  # the micro-batch is only a split
-    kept["data"] = {"seq_length": config["data"]["seq_length"]}  # the shards' contents are in the data fingerprint
-    return kept
 
 
 def finished(config: Config, run_hash: str) -> RunResult | None:

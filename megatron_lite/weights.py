@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from megatron_lite import checkpoint
-from megatron_lite.config import diff, parse, to_dict
+from megatron_lite.config import diff, to_dict
 from megatron_lite.hf import import_hf, our_shapes
 from megatron_lite.hf_config import read_json
+from megatron_lite.schema import parse
 from megatron_lite.shape import ModelShape, resolve_shape
 
 

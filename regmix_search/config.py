@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_lite.config import Config, load_config, nearest
+from megatron_lite.config import Config, load_config
+from megatron_lite.schema import nearest
 
 Control = Literal["optimal", "prior", "uniform", "best_single"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lite.config import nearest
 from megatron_lite.data.sidecar import read_meta
+from megatron_lite.schema import nearest
 from regmix_search.freshness import digest_of, listing
 
 TRAIN, VALID = "train_", "valid_"

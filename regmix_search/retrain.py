@@ -142,7 +142,7 @@ def main_config(search: Search, run: MainRun) -> Config:
 def _prepare(search: Search, run: MainRun) -> None:
     """Writes what the run is launched with; a folder of a run on other settings or data is moved aside, not deleted."""
     from megatron_lite.data.mixture import Mixture
-    from megatron_lite.train import identity
+    from megatron_lite.resume import identity
 
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     config, inventory = main_config(search, run), search.inventory

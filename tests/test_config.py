@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron_lite.config import Config, config_hash, diff, dump, load_config, parse, to_dict
+from megatron_lite.config import Config, config_hash, diff, dump, load_config, to_dict
+from megatron_lite.schema import parse
 
 
 def test_defaults_survive_a_trip_through_yaml(tmp_path):

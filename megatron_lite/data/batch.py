@@ -20,7 +20,7 @@ class Batch:
     tokens_BT: Tensor  # int64
     labels_BT: Tensor  # int64
     loss_mask_BT: Tensor  # float32: 1 where the label counts; read-only unless eod_mask_loss
-    domain_B: Tensor  # int64: index into mixture.domains; 0 in an EvalSet
+    domain_B: Tensor  # int64: index into loader.names; 0 in an EvalSet
     position_ids_BT: Tensor | None = None  # int64: place in the document; None: 0 to seq_length - 1
     cu_seqlens: Tensor | None = None  # int32: where documents start in the flattened B*T, and B*T; None: rows are whole
     max_seqlen: int | None = None  # tokens of the longest document piece in cu_seqlens

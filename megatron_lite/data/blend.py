@@ -28,7 +28,10 @@ class Blend:
         seed: int,
         kernels: ModuleType,
         window: int = WINDOW,
+        owed: npt.NDArray[np.float64] | None = None,
+        first_step: int = 0,
     ):
+        """`owed`: samples that each domain should have had and has not, from stages before; `first_step` is theirs."""
         assert window >= 1
         self.window = window
         array = np.asarray(weights, dtype=np.float64)
@@ -36,8 +39,9 @@ class Blend:
             raise ValueError(f"blend weights {array.tolist()}: expected finite numbers >= 0 with a positive sum")
         self.num_domains = len(array)
         self.domains = np.flatnonzero(array).astype(np.int32)  # of each leaf of the tree
-        self.tree = QuotaTree.build(array[self.domains].tolist())
-        self.key = key_of(seed, "blend")
+        debts = None if owed is None else owed[self.domains].tolist()
+        self.tree = QuotaTree.build(array[self.domains].tolist(), debts)
+        self.key = key_of(seed, "blend", *([first_step] if first_step else []))  # no two stages start alike
         self._kernels = kernels
 
     def draw(self, start: int, count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

@@ -8,62 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_lite.data.batch import Batch, DocumentOptions, Rows
-from megatron_lite.data.blend import Blend
 from megatron_lite.data.evalset import EvalSet
+from megatron_lite.data.identity import TokenizerFacts, shard_identity, shared_facts
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.mixture import Mixture
+from megatron_lite.data.mixture import Domain, Mixture
 from megatron_lite.data.native import kernels as default_kernels
 from megatron_lite.data.samples import DomainSamples, SampleOrder
-from megatron_lite.data.sidecar import ShardMeta, read_meta
+from megatron_lite.data.stages import Stage, StagedBlend, resumed_stages
 
 __all__ = ["Batch", "BlendedLoader", "EvalSet", "TokenizerFacts"]
 
 ORDER_VERSION = 1  # of the sample order: raise it when the same seed would draw other samples
-PEEK = 1 << 16  # bytes at either end of a file that stand for its content where there is no sidecar
-
-
-@dataclass(frozen=True)
-class TokenizerFacts:
-    """What all sidecars agree on; None where no shard says."""
-
-    vocab_size: int | None
-    eod_id: int | None
-    tokenizer_sha256: str | None
-
-
-def shared_facts(prefixes: Sequence[str]) -> TokenizerFacts:
-    """The tokenizer behind these shards. ValueError names two that disagree. Shards without a sidecar are not asked."""
-    first: tuple[str, ShardMeta] | None = None
-    for prefix in prefixes:
-        meta = read_meta(prefix)
-        if meta is None:
-            continue
-        first = first or (prefix, meta)
-        for key in ("tokenizer_sha256", "vocab_size", "eod_id"):
-            ours, theirs = getattr(first[1], key), getattr(meta, key)
-            if ours != theirs:
-                raise ValueError(
-                    f"{prefix}.meta.json says {key} {theirs!r}, {first[0]}.meta.json says {ours!r}: "
-                    "all shards of a mixture need one tokenizer; tokenise one of the two again"
-                )
-    if first is None:
-        return TokenizerFacts(None, None, None)
-    return TokenizerFacts(first[1].vocab_size, first[1].eod_id, first[1].tokenizer_sha256)
 
 
 class BlendedLoader:
-    """Draws a mixture. `step(s)` is a pure function of (mixture, seed, seq_length, sizes, s); there is nothing to save.
+    """Draws a mixture. `step(s)` is a pure function of (stages, seed, seq_length, sizes, s): nothing counts up.
 
-    All shards, validation sets included, must come from one tokenizer. `vocab_size` is what token ids are checked
-    against when no sidecar says. Not for concurrent use.
+    `change_mixture` says what is drawn from a later step on; domain indices are those of `names`. All shards,
+    validation sets included, must come from one tokenizer. `vocab_size` is what token ids are checked against when no
+    sidecar says. Not for concurrent use.
     """
 
     def __init__(
@@ -91,77 +62,132 @@ class BlendedLoader:
         assert 0 <= dp_rank < dp_size
         self.mixture, self.seq_length, self.seed = mixture, seq_length, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        train = [prefix for domain in mixture.domains for prefix in domain.prefixes]
-        self.meta = shared_facts([*train, *(prefix for prefixes in mixture.valid.values() for prefix in prefixes)])
-        self.options = DocumentOptions(self.meta.eod_id, reset_position_ids, reset_attention_mask, eod_mask_loss)
-        kernels = default_kernels()
-        self._blend = Blend(mixture.weights, seed, kernels, window=global_batch_size)
-        self._samples = {  # a domain with weight 0 is never opened
-            i: DomainSamples(
-                [IndexedDataset(p) for p in domain.prefixes], seq_length, seed, domain.name, kernels, sample_order
-            )
-            for i, domain in enumerate(mixture.domains)
-            if domain.weight > 0
-        }
-        sources = [self._samples.get(i) for i in range(len(mixture.domains))]
-        known = vocab_size if self.meta.vocab_size is None else self.meta.vocab_size
-        self._gather = kernels.Gather(sources, micro_batch_size, self.options, known)
-        self._first = np.zeros(len(mixture.domains), dtype=np.int64)
+        self._vocab_size, self._sample_order, self._kernels = vocab_size, sample_order, default_kernels()
+        self._marks = (reset_position_ids, reset_attention_mask, eod_mask_loss)
+        self.valid: dict[str, tuple[str, ...]] = {}  # validation sets of all stages
+        self._domains: dict[str, Domain] = {}
+        self._gone: dict[str, Any] = {}  # drawn before a resume and in no mixture since: known by its numbers
+        self._samples: dict[str, DomainSamples] = {}  # a domain that is never drawn is never opened
+        self._sources: list[DomainSamples | None] = []  # by domain index
+        self._blend = StagedBlend([], seed, self._kernels, global_batch_size)
+        self.change_mixture(0, mixture)
         order = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
         self._mine = np.ascontiguousarray(order[:, dp_rank].reshape(-1))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All domains of all stages, in the order in which they first appear; Batch.domain_B counts in it."""
+        return self._blend.names
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is drawn from which step on. A new tuple after each change: whoever draws ahead can compare."""
+        return self._blend.stages
+
+    def change_mixture(self, first_step: int, mixture: Mixture) -> None:
+        """Draw `mixture` from step `first_step` on: at or after the last change. No sample is lost or repeated.
+
+        Domains are matched by name, and go on where they were. ValueError where a name has other shards than before.
+        """
+        stages = self.stages
+        if first_step < 0 or (stages and first_step < stages[-1].first_step):
+            raise ValueError(f"a change at step {first_step} would rewrite the stage from step {stages[-1].first_step}")
+        domains = dict(self._domains)
+        for domain in mixture.domains:
+            known = self._domains.get(domain.name, domain)
+            cap = known.max_epochs if domain.max_epochs is None else domain.max_epochs
+            domains[domain.name] = replace(domain, max_epochs=cap)
+            if known.prefixes != domain.prefixes:
+                raise ValueError(
+                    f"{mixture.path or 'mixture'}: domain {domain.name!r} is {', '.join(domain.prefixes)}, before step "
+                    f"{first_step} it was {', '.join(known.prefixes)}: other data is another domain, give it a new name"
+                )
+        past = [stage for stage in stages if stage.first_step < first_step]
+        valid = {**self.valid, **mixture.valid}
+        if (domains.keys(), valid) != (self._domains.keys(), self.valid):
+            train = [prefix for domain in domains.values() for prefix in domain.prefixes]
+            self.meta = shared_facts([*train, *(prefix for prefixes in valid.values() for prefix in prefixes)])
+        self._domains, self.valid = domains, valid
+        stage = Stage(first_step, dict(zip(mixture.names, mixture.weights.tolist(), strict=True)), self.seq_length)
+        self._open(stage.drawn)
+        if len(past) == len(stages):
+            self._blend.add(stage)
+        else:
+            self._blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
+        self._connect()
+
+    def _open(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._domains and name not in self._samples:
+                datasets = [IndexedDataset(prefix) for prefix in self._domains[name].prefixes]
+                self._samples[name] = DomainSamples(
+                    datasets, self.seq_length, self.seed, name, self._kernels, self._sample_order
+                )
+
+    def _connect(self) -> None:
+        """A reader for what is open; the same one as long as that and its numbers stay the same."""
+        sources = [self._samples.get(name) for name in self.names]
+        if sources != self._sources:
+            self.options = DocumentOptions(self.meta.eod_id, *self._marks)
+            known = self._vocab_size if self.meta.vocab_size is None else self.meta.vocab_size
+            self._gather = self._kernels.Gather(sources, self.micro_batch_size, self.options, known)
+            self._sources = sources
+
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, counted from 0."""
-        start, size = step * self.global_batch_size, self.global_batch_size
-        rows: Rows = self._gather.step(self._blend, self._first, start, size, self._mine)
+        blend, first, start = self._blend.at(step * self.global_batch_size)
+        rows: Rows = self._gather.step(blend, first, start, self.global_batch_size, self._mine)
         return rows.split(self.micro_batch_size)
 
     def realised(self, consumed_samples: int) -> dict[str, int]:
         """Samples drawn from each domain among the first `consumed_samples`."""
-        return dict(zip(self.mixture.names, self._blend.counts(consumed_samples).tolist(), strict=True))
+        return dict(zip(self.names, self._blend.counts(consumed_samples).tolist(), strict=True))
 
-    def epochs(self, consumed_samples: int) -> dict[str, float]:
-        """How often each domain's tokens were seen after `consumed_samples`; 0 where the weight is 0."""
-        counts = self._blend.counts(consumed_samples)
+    def by_stage(self, consumed_samples: int) -> list[tuple[Stage, npt.NDArray[np.int64]]]:
+        """The same for each stage that has begun [domains]."""
+        return self._blend.by_stage(consumed_samples)
+
+    def num_tokens(self, name: str) -> int:
+        """Tokens of a domain's shards; 0 for a domain that is never drawn, since it is not opened."""
+        return self._samples[name].num_tokens if name in self._samples else self._gone.get(name, {}).get("tokens", 0)
+
+    def max_epochs(self, name: str) -> float | None:
+        """How often a domain may be seen: what the last mixture that gives a cap says."""
+        return self._domains[name].max_epochs if name in self._domains else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is drawn, as JSON: settings, tokenizer, shards, stages. All positions follow from the step."""
+        domains = {
+            name: {
+                "tokens": self.num_tokens(name),
+                "shards": [shard_identity(prefix) for prefix in self._domains[name].prefixes],
+            }
+            for name in self.names
+            if name in self._samples
+        }
         return {
-            domain.name: float(counts[i]) / self._samples[i].samples_per_epoch if i in self._samples else 0.0
-            for i, domain in enumerate(self.mixture.domains)
+            "order": ORDER_VERSION,
+            "seed": self.seed,
+            "data.seq_length": self.seq_length,
+            "data.sample_order": self._sample_order,
+            "batch.global_batch_size": self.global_batch_size,
+            "tokenizer": asdict(self.meta),
+            "domains": self._gone | domains,
+            "stages": [asdict(stage) for stage in self.stages],
         }
 
-    def check_epochs(self, total_samples: int) -> None:
-        """ValueError if a run of `total_samples` would repeat a domain more often than its max_epochs allows."""
-        for i, domain in enumerate(self.mixture.domains):
-            if domain.max_epochs is None or i not in self._samples:
-                continue
-            tokens, needed = self._samples[i].num_tokens, domain.weight * total_samples * self.seq_length
-            if needed > domain.max_epochs * tokens * (1 + 1e-9):  # a weight computed as cap * tokens / budget passes
-                allowed = domain.max_epochs * tokens / (total_samples * self.seq_length)
-                raise ValueError(
-                    f"{self.mixture.path or 'mixture'}: train_{domain.name} has {tokens} tokens and weight "
-                    f"{domain.weight:.6g}; {total_samples} samples of {self.seq_length} tokens need "
-                    f"{needed / tokens:.2f} epochs of it, max_epochs is {domain.max_epochs:g}. "
-                    f"The largest weight allowed is {allowed:.6g}: lower it, raise max_epochs, or train for less"
-                )
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on at `step` of a run that saved `state`: its stages up to there, this loader's from there on.
+
+        Whether other things have changed is for the caller to ask: resume.changes.
+        """
+        self._gone = {name: facts for name, facts in state["domains"].items() if name not in self._domains}
+        earliest = step * self.global_batch_size if self._gone else 0
+        stages = resumed_stages([Stage(**stage) for stage in state["stages"]], self.stages, step)
+        self._open(name for stage in stages for name in stage.drawn)
+        self._blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
+        self._connect()
 
     def fingerprint(self) -> str:
         """Changes when another order or other data would be drawn: shards, weights, seed, sample and batch size."""
-        shards = {d.name: [_shard_identity(prefix) for prefix in d.prefixes] for d in self.mixture.domains if d.weight}
-        order = [self.mixture.names, self.mixture.weights.tolist(), self.seed, self.seq_length, self._blend.window]
-        facts = [ORDER_VERSION, shards, *order]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _shard_identity(prefix: str) -> list[int | str]:
-    """Sizes, and a hash of the sidecar; without one, of both ends of the two files."""
-    paths = [Path(prefix + end) for end in (".bin", ".idx")]
-    sidecar = Path(prefix + ".meta.json")
-    digest = hashlib.sha256()
-    if sidecar.is_file():
-        digest.update(sidecar.read_bytes())
-    else:
-        for path in paths:
-            with open(path, "rb") as file:
-                digest.update(file.read(PEEK))
-                file.seek(max(0, os.path.getsize(path) - PEEK))
-                digest.update(file.read(PEEK))
-    return [*(path.stat().st_size for path in paths), digest.hexdigest()]
+        return hashlib.sha256(json.dumps(self.state_dict()).encode()).hexdigest()

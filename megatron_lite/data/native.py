@@ -25,7 +25,7 @@ from megatron_lite.data.indexed_writer import DTYPES
 from megatron_lite.data.quota import QuotaTree
 from megatron_lite.data.samples import NEEDS_EPOCH, DomainSamples, Shard
 
-VERSION = 3  # of the C interface: ml_version() in gather.cpp
+VERSION = 4  # of the C interface: ml_version() in gather.cpp
 NO_VOCAB = -1  # as an unsigned number: larger than any token
 RANDOM_ORDER = 0  # readahead.h
 
@@ -61,7 +61,7 @@ class _Domain(ctypes.Structure):
 
 
 class _Blend(ctypes.Structure):
-    _fields_ = _fields("num_leaves nodes light heavy share key window domain first")
+    _fields_ = _fields("num_leaves nodes light heavy share round_up key window domain first")
 
 
 class _Batch(ctypes.Structure):
@@ -124,7 +124,7 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
 
 
 def _blend(tree: QuotaTree, key: int = 0, window: int = 1) -> _Blend:
-    arrays = (tree.nodes, tree.light, tree.heavy, tree.share)
+    arrays: list[npt.NDArray[Any]] = [tree.nodes, tree.light, tree.heavy, tree.share, tree.round_up]
     return _Blend(tree.num_leaves, *(_at(array) for array in arrays), key, window)
 
 

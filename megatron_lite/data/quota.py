@@ -5,6 +5,10 @@ child the rest. Both grow with n, so counts never go back, and any n costs O(dom
 and what reaches a leaf from a node above is scaled by leaf weight / node weight; `QuotaTree.build` keeps the sum of
 those ratios below 3, so a count is within 1.5 of weight * n. Webster's method, the usual choice, drifts by dozens where
 many small weights are equal: all of their turns come at once.
+
+Where a blend starts with debts (a stage after others: what each domain is owed, in samples), a node rounds up from
+another fraction than 1/2, so that what its light child is owed beyond its share is paid, at most half a sample a node.
+A rounding is then off by less than 1, and a count within 3 of weight * n for any debts.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+LARGEST = 1 - 2.0**-20  # of round_up: below 1, so that no sample of none is given, whatever the rounding of doubles
+
 
 @dataclass(frozen=True, eq=False)
 class QuotaTree:
@@ -26,9 +32,10 @@ class QuotaTree:
     light: npt.NDArray[np.int32]  # the child with the smaller weight
     heavy: npt.NDArray[np.int32]
     share: npt.NDArray[np.float64]  # light weight / node weight, at most 1/2
+    round_up: npt.NDArray[np.float64]  # the light child gets floor(share * n + round_up); 1/2 without debts, below 1
 
     @classmethod
-    def build(cls, weights: Sequence[float]) -> QuotaTree:
+    def build(cls, weights: Sequence[float], owed: Sequence[float] | None = None) -> QuotaTree:
         """Pair nodes whose weights have the same power of two, smallest first; park the one left over.
 
         A parked node joins a later leftover only if it weighs at least half as much: beside a much lighter sibling a
@@ -68,4 +75,11 @@ class QuotaTree:
         inner = np.arange(len(total) - 1, len(weights) - 1, -1, dtype=np.int32)
         light, heavy = (np.array([children[node][side] for node in inner], dtype=np.int32) for side in (0, 1))
         share = np.array([total[child] / total[node] for node, child in zip(inner, light, strict=True)])
-        return cls(len(weights), inner, light, heavy, share.astype(np.float64))
+        round_up = np.full(len(inner), 0.5)
+        if owed is not None:
+            debt = [*owed, *([0.0] * len(inner))]
+            for node in range(len(weights), len(total)):
+                debt[node] = sum(debt[child] for child in children[node])
+            beyond = [debt[child] - part * debt[node] for node, child, part in zip(inner, light, share, strict=True)]
+            round_up = np.clip(0.5 + np.array(beyond), 0.0, LARGEST)
+        return cls(len(weights), inner, light, heavy, share.astype(np.float64), round_up)

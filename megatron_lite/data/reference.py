@@ -51,8 +51,10 @@ def counts(tree: QuotaTree, totals: IntArray) -> IntArray:
     """Samples of every leaf [len(totals), leaves] when `totals` samples are drawn in all."""
     found = np.zeros((len(totals), 2 * tree.num_leaves - 1), dtype=np.int64)
     found[:, -1] = totals
-    for node, light, heavy, share in zip(tree.nodes, tree.light, tree.heavy, tree.share, strict=True):
-        part = np.floor(share * found[:, node] + 0.5).astype(np.int64)
+    for node, light, heavy, share, up in zip(
+        tree.nodes, tree.light, tree.heavy, tree.share, tree.round_up, strict=True
+    ):
+        part = np.floor(share * found[:, node] + up).astype(np.int64)
         found[:, light] = part
         found[:, heavy] = found[:, node] - part
     return found[:, : tree.num_leaves]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_lite import tally
 from megatron_lite.data import native
 from megatron_lite.data.evalset import EvalSet
 from megatron_lite.data.indexed import IndexedWriter, read_meta, write_meta
@@ -84,8 +85,8 @@ def test_realised_counts_and_epochs(mixture):
     ours = loader(mixture, 8)
     drawn = torch.cat([batch.domain_B for step in range(40) for batch in ours.step(step)])
     assert list(ours.realised(320).values()) == torch.bincount(drawn, minlength=4).tolist()
-    epochs = ours.epochs(320)
-    assert epochs["never"] == 0 and epochs["c"] == ours.realised(320)["c"] / ((400 - 1) // SEQ)
+    rows = tally.report(ours, 40)["domains"]
+    assert rows["never"]["epochs"] == 0 and rows["c"]["epochs"] == ours.realised(320)["c"] * SEQ / 400
     assert ours.realised(0) == {"a": 0, "b": 0, "c": 0, "never": 0}
 
 
@@ -159,16 +160,16 @@ def test_a_token_outside_the_vocabulary_names_the_domain(mixture, tmp_path, monk
 
 def test_max_epochs_is_enforced_with_a_way_out(mixture, tmp_path):
     capped = Mixture.from_weights({"a": 0.6, "b": 0.3, "c": 0.1}, tmp_path, max_epochs={"c": 2})
-    loader(capped).check_epochs(400)  # 0.1 * 400 * 16 = 640 tokens of 400: 1.6 epochs
+    tally.check_epochs(loader(capped), 400)  # 0.1 * 400 * 16 = 640 tokens of 400: 1.6 epochs
     with pytest.raises(ValueError) as caught:
-        loader(capped).check_epochs(1000)
+        tally.check_epochs(loader(capped), 1000)
     message = str(caught.value)
     for fact in ("train_c has 400 tokens and weight 0.1", "need 4.00 epochs", "max_epochs is 2"):
         assert fact in message
     allowed = float(re.search(r"largest weight allowed is ([0-9.e-]+)", message).group(1))
     assert allowed == 0.05
-    loader(capped.with_weights({"a": 0.65, "b": 0.3, "c": allowed})).check_epochs(1000)
-    loader(mixture).check_epochs(10**9)  # no cap, no error
+    tally.check_epochs(loader(capped.with_weights({"a": 0.65, "b": 0.3, "c": allowed})), 1000)
+    tally.check_epochs(loader(mixture), 10**9)  # no cap, no error
 
 
 # -- fingerprint -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ struct Blend {  // native.py mirrors it
   const int32_t* light;
   const int32_t* heavy;
   const double* share;
+  const double* round_up;
   uint64_t key;
   int64_t window;         // samples between two exact quotas
   const int32_t* domain;  // [num_leaves]: which domain a leaf is
@@ -22,7 +23,7 @@ ML_INLINE void split(const Blend& blend, int64_t total, int64_t* counts) {
   counts[2 * blend.num_leaves - 2] = total;
   for (int64_t i = 0; i < blend.num_leaves - 1; ++i) {
     const int64_t n = counts[blend.nodes[i]];
-    const int64_t part = static_cast<int64_t>(blend.share[i] * static_cast<double>(n) + 0.5);
+    const int64_t part = static_cast<int64_t>(blend.share[i] * static_cast<double>(n) + blend.round_up[i]);
     counts[blend.light[i]] = part;
     counts[blend.heavy[i]] = n - part;
   }

@@ -33,10 +33,10 @@ struct Batch {  // one call: what is asked, where it goes, and how it went; nati
   Fault fault;
 };
 
-static_assert(sizeof(Shard) == 72 && sizeof(Domain) == 136 && sizeof(Blend) == 72 && sizeof(Batch) == 200,
+static_assert(sizeof(Shard) == 72 && sizeof(Domain) == 136 && sizeof(Blend) == 80 && sizeof(Batch) == 200,
               "native.py mirrors these");
 
-int64_t ml_version() { return 3; }  // native.VERSION: raise both when a signature or a result changes
+int64_t ml_version() { return 4; }  // native.VERSION: raise both when a signature or a result changes
 
 // Tell the kernel how a mapped range is read: in no order (what = 0), or soon (1).
 void ml_advise(const uint8_t* base, int64_t bytes, int64_t what) { advise(base, bytes, what); }

@@ -1,0 +1,137 @@
+"""Weights that change at a step: a list of stages, still a pure function of (stages, seed, i).
+
+A stage is (first step, weights by domain name, seq_length). Each domain's ordinals go on from the counts of the stages
+before, so nothing is lost or repeated; a domain that leaves and comes back goes on where it was. A stage also starts
+with what each domain is owed, so that over any number of stages counts stay near the sum of weight * n: begun afresh,
+every stage of a few samples would round a small weight the same way: drawn twice as often as it should be, or never.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.data.blend import Blend
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From `first_step` on domains are drawn with these weights. A name that a later stage leaves out has weight 0."""
+
+    first_step: int
+    weights: dict[str, float]  # they sum to 1; 0: never
+    seq_length: int  # tokens a sample predicts
+
+    @property
+    def drawn(self) -> dict[str, float]:
+        """The domains that are drawn at all."""
+        return {name: weight for name, weight in self.weights.items() if weight > 0}
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A stage, ready to draw. The arrays are by domain [domains known by then], as of the stage's first sample."""
+
+    stage: Stage
+    start: int  # the stage's first sample
+    blend: Blend
+    before: IntArray  # samples drawn, in units of this stage's seq_length
+    tokens: IntArray
+    owed: npt.NDArray[np.float64]  # samples
+
+
+class StagedBlend:
+    """The order of samples over all stages: `Blend`, stage after stage. Indices of domains never change."""
+
+    def __init__(self, stages: Iterable[Stage], seed: int, kernels: ModuleType, window: int, earliest: int = 0) -> None:
+        """`earliest`: samples before it are counted, never drawn: some of their domains may be gone."""
+        self.earliest, self.window, self._seed, self._kernels = earliest, window, seed, kernels
+        self._index: dict[str, int] = {}
+        self._parts: list[_Part] = []
+        self._starts: list[int] = []
+        for stage in stages:
+            self.add(stage)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, by first step."""
+        return tuple(part.stage for part in self._parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every domain of every stage, in the order in which they first appear: what domain indices mean."""
+        return tuple(self._index)
+
+    def add(self, stage: Stage) -> None:
+        """One more stage, after all others. What was drawn before it stays as it was."""
+        assert stage.first_step > self._parts[-1].stage.first_step if self._parts else stage.first_step == 0
+        start = stage.first_step * self.window
+        for name in stage.weights:
+            self._index.setdefault(name, len(self._index))
+        weights = np.array([stage.weights.get(name, 0.0) for name in self._index])
+        tokens, owed = np.zeros(len(weights), dtype=np.int64), np.zeros(len(weights))
+        if self._parts:
+            last, drawn = self._parts[-1], self._drawn(-1, start)
+            known = len(drawn)
+            tokens[:known] = last.tokens + drawn * last.stage.seq_length
+            target = np.array([last.stage.weights.get(name, 0.0) for name in self.names[:known]])
+            owed[:known] = last.owed + target * (start - last.start) - drawn
+        before = -(-tokens // stage.seq_length)
+        blend = Blend(weights, self._seed, self._kernels, self.window, owed, stage.first_step)
+        self._parts.append(_Part(stage, start, blend, before, tokens, owed))
+        self._starts.append(start)
+
+    def at(self, start: int) -> tuple[Blend, IntArray, int]:
+        """The blend of sample `start`'s stage, each domain's first ordinal there, and the sample's place in it."""
+        assert start >= self.earliest
+        part = self._parts[bisect_right(self._starts, start) - 1]
+        return part.blend, part.before, start - part.start
+
+    def draw(self, start: int, count: int) -> tuple[npt.NDArray[np.int32], IntArray]:
+        """Samples start .. start + count - 1: their domain [count] and their ordinal within it [count]."""
+        assert start >= self.earliest
+        domains, ordinals = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        at = bisect_right(self._starts, start) - 1
+        while count > 0:
+            part = self._parts[at]
+            until = self._starts[at + 1] if at + 1 < len(self._starts) else start + count
+            size = min(count, until - start)
+            domain, ordinal = part.blend.draw(start - part.start, size)
+            domains.append(domain)
+            ordinals.append(part.before[domain] + ordinal)
+            start, count, at = start + size, count - size, at + 1
+        return np.concatenate(domains), np.concatenate(ordinals)
+
+    def by_stage(self, consumed: int) -> list[tuple[Stage, IntArray]]:
+        """Samples of each domain [domains] drawn in each stage that began, when `consumed` are drawn in all."""
+        found = []
+        for at, part in enumerate(self._parts):
+            if part.start < consumed or at == 0:
+                until = self._starts[at + 1] if at + 1 < len(self._starts) else consumed
+                drawn = self._drawn(at, min(consumed, until))
+                found.append((part.stage, np.pad(drawn, (0, len(self._index) - len(drawn)))))
+        return found
+
+    def counts(self, consumed: int) -> IntArray:
+        """Samples of each domain among the first `consumed` [domains]."""
+        return np.sum([drawn for _, drawn in self.by_stage(consumed)], axis=0)
+
+    def _drawn(self, at: int, until: int) -> IntArray:
+        part = self._parts[at]
+        return part.blend.counts(until - part.start)
+
+
+def resumed_stages(old: Sequence[Stage], new: Sequence[Stage], step: int) -> list[Stage]:
+    """What happened before `step`, as in `old`, and what `new` says from there on. Without a change that is `old`."""
+    past = [stage for stage in old if stage.first_step < step]
+    active = [stage for stage in new if stage.first_step <= step][-1]
+    if not past or (active.drawn, active.seq_length) != (past[-1].drawn, past[-1].seq_length):
+        past.append(Stage(step, active.weights, active.seq_length))
+    return past + [stage for stage in new if stage.first_step > step]
