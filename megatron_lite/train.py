@@ -31,7 +31,19 @@ from megatron_lite.weights import initial_weights
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 # A resumed run may differ in these; in anything else it would be another run.
-MAY_CHANGE = {"name", "out_dir", "mixture", "engine", "compile", "threads", "eval", "checkpoint", "log", "parallel"}
+MAY_CHANGE = {
+    "name",
+    "out_dir",
+    "mixture",
+    "engine",
+    "compile",
+    "activation_checkpointing",
+    "threads",
+    "eval",
+    "checkpoint",
+    "log",
+    "parallel",
+}
 
 
 @dataclass(frozen=True)
