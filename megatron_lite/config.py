@@ -144,6 +144,7 @@ class Config:
     phases: tuple[PhaseConfig, ...] = ()  # later mixtures, e.g. [{mixture: anneal.yaml, from_tokens: 8e9}]
     engine: Literal["auto", "torch", "deepspeed"] = "auto"  # auto: deepspeed when its launcher started us
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute type; auto: bf16 on GPU, fp32 on CPU
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # what blocks recompute
     compile: bool = False  # torch.compile the model; falls back with one warning
     threads: int = 0  # CPU threads of one rank; 0: what torch chooses
     model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the model

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.attention import apply_rope, causal_attention, rope_tables
+from megatron_lite.recompute import run_block
 from megatron_lite.rng import init_generator
 from megatron_lite.shape import ModelShape
 from megatron_lite.tensor_parallel import TensorParallel
@@ -97,14 +98,17 @@ class GPT(nn.Module):
     """Token ids in, logits or per-token losses out; each rank of ``tp`` holds its slices and gets the same results.
 
     Parameters are fp32 on CPU and start from ``seed`` alone. Heads and ffn must be divisible by tp (Plan checks).
+    ``recompute``: see recompute.run_block.
     """
 
     cos_TK: Tensor
     sin_TK: Tensor
 
-    def __init__(self, shape: ModelShape, seed: int = 1234, tp: TensorParallel | None = None) -> None:
+    def __init__(
+        self, shape: ModelShape, seed: int = 1234, tp: TensorParallel | None = None, recompute: str = "none"
+    ) -> None:
         super().__init__()
-        self.shape, self.tp = shape, tp or TensorParallel()
+        self.shape, self.tp, self.recompute = shape, tp or TensorParallel(), recompute
         self.embedding = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, self.tp)
         self.blocks = nn.ModuleList(Block(shape, self.tp) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps, self.tp)
@@ -125,7 +129,7 @@ class GPT(nn.Module):
         assert longest >= T, f"{T} tokens, the model was built for {longest}"
         x_BSD = self.embedding(tokens_BT)
         for block in self.blocks:
-            x_BSD = block(x_BSD, self.cos_TK[:T], self.sin_TK[:T])
+            x_BSD = run_block(block, self.recompute, x_BSD, self.cos_TK[:T], self.sin_TK[:T])
         return enter_region(compute_type(self.norm(x_BSD), self.tp), self.tp)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:

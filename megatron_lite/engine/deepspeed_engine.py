@@ -43,7 +43,7 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         deepspeed = import_deepspeed()
         self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
-        self.module = GPT(plan.shape, config.seed, mesh.tp).to(mesh.device)
+        self.module = GPT(plan.shape, config.seed, mesh.tp, config.activation_checkpointing).to(mesh.device)
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)

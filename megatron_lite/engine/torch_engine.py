@@ -27,7 +27,7 @@ class TorchEngine:
 
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
         self.mesh, self.clip_grad = mesh, config.optim.clip_grad
-        self.module = GPT(plan.shape, config.seed, mesh.tp).to(mesh.device)
+        self.module = GPT(plan.shape, config.seed, mesh.tp, config.activation_checkpointing).to(mesh.device)
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
