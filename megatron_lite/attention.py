@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.config import RopeScaling
+from megatron_lite.data.batch import Batch
 
 # B batch, H query heads, G key/value heads (G divides H), T sequence, K head dim
 
 
-def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v under a causal mask -> [B, H, T, K]; each key head serves H/G query heads."""
-    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
-    return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin in a micro-batch of [B, T] tokens; None where a row is one text."""
+
+    position_ids_BT: Tensor | None = None  # int64: place in the document
+    cu_seqlens: Tensor | None = None  # int32: starts of documents in the flattened B*T, and B*T
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Documents:
+        """Those of a loader's batch, on the model's device."""
+        parts = (batch.position_ids_BT, batch.cu_seqlens)
+        return cls(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
+
+    def mask(self, batch_size: int) -> Tensor | None:
+        """What may look at what [B, 1, T, T]: earlier tokens of the same document."""
+        if self.cu_seqlens is None:
+            return None
+        place_N = torch.arange(int(self.cu_seqlens[-1]), device=self.cu_seqlens.device, dtype=torch.int32)
+        document_BT = torch.bucketize(place_N, self.cu_seqlens, right=True).view(batch_size, -1)
+        return (document_BT[:, :, None] == document_BT[:, None, :]).tril_()[:, None]
+
+
+WHOLE_ROWS = Documents()
+
+
+def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v under ``mask_B1TT``, or a causal mask -> [B, H, T, K]; H/G queries a key."""
+    grouped, causal = q_BHTK.shape[1] != k_BGTK.shape[1], mask_B1TT is None
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGTK, v_BGTK, attn_mask=mask_B1TT, is_causal=causal, enable_gqa=grouped
+    )
 
 
 def rope_tables(

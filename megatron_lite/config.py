@@ -54,6 +54,10 @@ class DataConfig:
 
     data_dir: str | None = None  # folder of the shards; null: what mixture.yaml says
     seq_length: int = 2048  # tokens a sample predicts
+    sample_order: Literal["documents", "contiguous"] = "documents"  # contiguous: for shards shuffled when written
+    reset_position_ids: bool = False  # positions count from 0 after each EOD
+    reset_attention_mask: bool = False  # no attention from one document to another
+    eod_mask_loss: bool = False  # what follows an EOD is not learned
 
 
 @dataclass(frozen=True)

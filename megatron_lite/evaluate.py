@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_lite.attention import Documents
 from megatron_lite.data.loader import EvalSet
 from megatron_lite.mesh import Mesh
 
@@ -26,7 +27,7 @@ class EvalResult:
 def evaluate(model: nn.Module, sets: Sequence[EvalSet], mesh: Mesh, autocast: torch.autocast) -> dict[str, EvalResult]:
     """Scores every set: data-parallel ranks take the batches in turn and add up float64 sums.
 
-    ``model(tokens, labels)`` returns per-token losses [B, T]. Returns set name -> EvalResult.
+    ``model(tokens, labels, documents=...)`` returns per-token losses [B, T]. Returns set name -> EvalResult.
     """
     was_training = model.training
     model.eval()
@@ -47,7 +48,8 @@ def _evaluate_one(model: nn.Module, eval_set: EvalSet, mesh: Mesh, autocast: tor
         if i % mesh.dp_size != mesh.dp_rank:
             continue
         with autocast:
-            losses_BT = model(batch.tokens_BT.to(mesh.device), batch.labels_BT.to(mesh.device))
+            tokens_BT, labels_BT = batch.tokens_BT.to(mesh.device), batch.labels_BT.to(mesh.device)
+            losses_BT = model(tokens_BT, labels_BT, documents=Documents.of(batch, mesh.device))
         mask_BT = batch.loss_mask_BT.double()
         sums += torch.stack(((losses_BT.double().cpu() * mask_BT).sum(), mask_BT.sum()))
     nats, tokens = mesh.sum(sums.to(mesh.device)).tolist()

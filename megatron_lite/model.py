@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.attention import apply_rope, causal_attention, rope_tables
+from megatron_lite.attention import WHOLE_ROWS, Documents, apply_rope, causal_attention, rope_tables
 from megatron_lite.recompute import run_block
 from megatron_lite.rng import init_generator
 from megatron_lite.shape import ModelShape
@@ -54,14 +54,14 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(shape.hidden_size, (q, kv, kv), tp)
         self.out = RowParallelLinear(q, shape.hidden_size, tp)
 
-    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         """[B, S, D] -> [B, S, D]; inside, this rank's heads over all positions."""
-        B, T = x_BSD.shape[0], cos_TK.shape[0]
+        B, T = x_BSD.shape[0], cos_TK.shape[-2]
         H, G = self.heads
         packed = self.qkv(x_BSD).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)
         queries_and_keys, v_BGTK = packed.split((H + G, G), dim=1)
         q_BHTK, k_BGTK = apply_rope(queries_and_keys, cos_TK, sin_TK).split((H, G), dim=1)
-        return self.out(causal_attention(q_BHTK, k_BGTK, v_BGTK).transpose(1, 2).reshape(B, T, -1))
+        return self.out(causal_attention(q_BHTK, k_BGTK, v_BGTK, mask_B1TT).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -88,9 +88,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(shape.hidden_size, shape.norm_eps, tp)
         self.mlp = MLP(shape, tp)
 
-    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_TK, sin_TK)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_TK, sin_TK, mask_B1TT)
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
@@ -120,16 +120,19 @@ class GPT(nn.Module):
         self.register_buffer("sin_TK", sin_TK, persistent=False)
         init_params(self, seed)
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, documents: Documents = WHOLE_ROWS) -> Tensor:
         """Final normalised hidden states [B, T, D]; T may be shorter than the model's seq_length, not longer.
 
         Every rank returns all of it; gradients through it are summed over the ranks of ``tp``.
         """
         T, longest = tokens_BT.shape[1], self.shape.seq_length
         assert longest >= T, f"{T} tokens, the model was built for {longest}"
-        x_BSD = self.embedding(tokens_BT)
+        x_BSD, mask_B1TT, places = self.embedding(tokens_BT), documents.mask(len(tokens_BT)), documents.position_ids_BT
+        cos_TK, sin_TK = self.cos_TK[:T], self.sin_TK[:T]
+        if places is not None:
+            cos_TK, sin_TK = cos_TK[places][:, None], sin_TK[places][:, None]  # [B, 1, T, K/2]: the same for all heads
         for block in self.blocks:
-            x_BSD = run_block(block, self.recompute, x_BSD, self.cos_TK[:T], self.sin_TK[:T])
+            x_BSD = run_block(block, self.recompute, x_BSD, cos_TK, sin_TK, mask_B1TT)
         return enter_region(compute_type(self.norm(x_BSD), self.tp), self.tp)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -141,14 +144,18 @@ class GPT(nn.Module):
         return sum_forward(F.pad(logits_BTV, (before, vocab_size - before - logits_BTV.shape[-1])), self.tp)
 
     def forward(
-        self, tokens_BT: Tensor, labels_BT: Tensor, weights_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor,
+        weights_BT: Tensor | None = None,
+        documents: Documents = WHOLE_ROWS,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Per-token cross-entropy in nats, fp32 [B, T]. With weights: (sum of weight * loss, the losses detached).
 
         Training passes weights: the head's gradient is then made in the forward, without a second pass over the
         vocabulary. The [B * T, vocabulary] logits never exist at once.
         """
-        h_ND = self.hidden(tokens_BT).flatten(0, 1)
+        h_ND = self.hidden(tokens_BT, documents).flatten(0, 1)
         rows = VocabRows(self.head.first_row, self.head.weight.shape[0], self.tp)
         labels_N, head_VD = labels_BT.flatten(), self.head.valid_weight
         if weights_BT is None:

@@ -123,6 +123,10 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         vocab_size=config.model.vocab_size or DEFAULT_VOCAB_SIZE,  # where no sidecar says
+        sample_order=config.data.sample_order,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=config.data.reset_attention_mask,
+        eod_mask_loss=config.data.eod_mask_loss,
     )
     vocab_size = loader.meta.vocab_size if loader.meta else None
     deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
@@ -138,7 +142,7 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
 def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, plan: Plan) -> Run:
     """Model, optimizer, evaluation sets; the newest checkpoint loaded; the run folder begun."""
     sets = [
-        EvalSet(name, prefixes, config.data.seq_length, config.eval.max_tokens, config.batch.micro_batch_size)
+        EvalSet(name, prefixes, loader.seq_length, config.eval.max_tokens, loader.micro_batch_size, loader.options)
         for name, prefixes in loader.valid.items()
     ]
     saver = checkpoint.Saver(config.run_dir, config.checkpoint.keep, config.checkpoint.async_save)

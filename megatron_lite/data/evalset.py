@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from megatron_lite.data.batch import Batch
+from megatron_lite.data.batch import NO_MARKS, Batch, DocumentOptions, Rows, mark_documents
 from megatron_lite.data.indexed import IndexedDataset
 
 
@@ -21,9 +20,15 @@ class EvalSet:
     """
 
     def __init__(
-        self, name: str, prefixes: Sequence[str], seq_length: int, max_tokens: int | None, micro_batch_size: int
+        self,
+        name: str,
+        prefixes: Sequence[str],
+        seq_length: int,
+        max_tokens: int | None,
+        micro_batch_size: int,
+        options: DocumentOptions = NO_MARKS,
     ) -> None:
-        self.name, self.seq_length, self.micro_batch_size = name, seq_length, micro_batch_size
+        self.name, self.seq_length, self.micro_batch_size, self.options = name, seq_length, micro_batch_size, options
         datasets = [IndexedDataset(prefix) for prefix in prefixes]
         available = sum(dataset.num_tokens for dataset in datasets) - 1  # the first token is never a label
         self.num_tokens = available if max_tokens is None else min(available, max_tokens)
@@ -58,12 +63,12 @@ class EvalSet:
             piece = np.pad(piece, (0, missing))
             mask = np.ones(size, dtype=np.float32)
             mask[size - missing :] = 0
-            yield Batch(
-                torch.from_numpy(piece[:-1].reshape(rows, -1).copy()),
-                torch.from_numpy(piece[1:].reshape(rows, -1).copy()),
-                torch.from_numpy(mask.reshape(rows, -1)),
-                torch.zeros(rows, dtype=torch.int64),
-            )
+            tokens, labels = (part.reshape(rows, -1).copy() for part in (piece[:-1], piece[1:]))
+            found = Rows(np.zeros(rows, dtype=np.int64), np.arange(rows), tokens, labels)
+            mark_documents(found, self.options, rows)
+            learned = 1 if found.loss_mask is None else found.loss_mask
+            found.loss_mask = mask.reshape(rows, -1) * learned
+            yield from found.split(rows)
 
     def _check_vocabulary(self, vocab_size: int, prefixes: Sequence[str]) -> None:
         low, high = int(self._stream.min()), int(self._stream.max())

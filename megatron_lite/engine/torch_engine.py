@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megatron_lite.attention import Documents
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
 from megatron_lite.engine import StepStats
@@ -87,7 +88,7 @@ def summed_loss(model: nn.Module, batch: Batch, device: torch.device, autocast: 
         x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
     )
     with autocast:
-        loss, _ = model(tokens_BT, labels_BT, mask_BT)
+        loss, _ = model(tokens_BT, labels_BT, mask_BT, Documents.of(batch, device))
     return cast(Tensor, loss)
 
 
