@@ -81,8 +81,8 @@ class _WeightedLoss(torch.autograd.Function):
 
 def compute_type(h_ND: Tensor) -> torch.dtype:
     """The type in which autocast would multiply."""
-    kind = h_ND.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h_ND.dtype
+    kind = h_ND.device.type  # meta, where shapes alone are computed, has no autocast
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else h_ND.dtype
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, its loops would be unrolled

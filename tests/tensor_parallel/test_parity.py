@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import megatron_lite.model as model_module
 from megatron_lite.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_lite.mesh import MegatronUnit, Mesh
 from megatron_lite.model import GPT
 from megatron_lite.optim import build_optimizer, clip_grad_norm, param_groups
 from megatron_lite.shape import ModelShape, resolve_shape
 from megatron_lite.tensor_parallel import TensorParallel
-from megatron_lite.tensor_parallel.loss import vocab_parallel_losses
+from megatron_lite.tensor_parallel import loss as loss_module
+from megatron_lite.tensor_parallel.loss import VocabRows, token_losses
 from megatron_lite.tensor_parallel.shards import shard_of
 from megatron_lite.testing import run_distributed
 
@@ -94,7 +94,7 @@ def cross_entropy(tp: TensorParallel, dtype: torch.dtype, vocab: int, offset: fl
     want_h, want_w = torch.autograd.grad((expected * scale).sum(), (h, w))
     rows = -(-vocab // (64 * tp.size)) * 64
     first, last = (min(vocab, (tp.rank + i) * rows) for i in (0, 1))
-    losses = vocab_parallel_losses(h, w[first:last], labels, first, tp)
+    losses = token_losses(h, w[first:last], labels, VocabRows(first, rows, tp))
     got_h, got_w = torch.autograd.grad((losses * scale).sum(), (h, w))
     dist.all_reduce(got_h, group=tp.group)  # each rank has its vocabulary's part
     parts = ((losses, expected), (got_h, want_h), (got_w[first:last], want_w[first:last]))
@@ -123,9 +123,10 @@ def chunked(tp: TensorParallel) -> float:
     """Largest gradient difference between the loss in one piece and in chunks of 200 tokens."""
     shape = shape_of(vocab_size=96)
     _, _, whole, _ = one_step(shape, tp, "fp32")
-    limit, model_module.LOGITS_LIMIT = model_module.LOGITS_LIMIT, 200 * 96 // tp.size
+    whole_chunk = loss_module.CHUNK["cpu"]
+    loss_module.CHUNK["cpu"] = 200 * 96 // tp.size
     _, _, pieces, _ = one_step(shape, tp, "fp32")
-    model_module.LOGITS_LIMIT = limit
+    loss_module.CHUNK["cpu"] = whole_chunk
     pairs = zip(whole.parameters(), pieces.parameters(), strict=True)
     return max(((a.grad - b.grad).norm() / a.grad.norm()).item() for a, b in pairs)
 
