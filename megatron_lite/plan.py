@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 from megatron_lite.config import Config
-from megatron_lite.mesh import data_parallel_size
 from megatron_lite.shape import ModelShape, padded_vocab_size, resolve_shape
 
 # Dense bf16 peaks in FLOP/s from NVIDIA's data sheets (SXM parts); an unknown device gets no MFU at all.
@@ -37,6 +36,8 @@ class Plan:
     @classmethod
     def resolve(cls, config: Config, world_size: int, vocab_size: int | None, cuda: bool, deepspeed: bool) -> Plan:
         """Config + launch facts -> Plan; ``deepspeed``: its launcher started us. ValueError on clashing settings."""
+        from megatron_lite.mesh import data_parallel_size  # brings torch, which --help does without
+
         shape = resolve_shape(config.model, config.data.seq_length, vocab_size)
         tp_size = config.parallel.tensor_parallel_size
         dp_size = data_parallel_size(world_size, tp_size)
