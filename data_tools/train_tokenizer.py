@@ -57,7 +57,7 @@ def train_tokenizer(
         "vocab_size": vocab_size,
         "max_bytes_per_file": max_bytes_per_file,
         "json_key": json_key,
-        "sources": [{"size": s["size"], "sha256": s["sha256"]} for s in fingerprint(files)],
+        "sources": [{"size": s["size"], "xxh3_128": s["xxh3_128"]} for s in fingerprint(files)],
     }
     if _is_done(out, settings):
         return out
