@@ -39,7 +39,7 @@ MAX_RSS_MB = 500.0
 
 
 def read_pieces() -> Iterator[str]:
-    """Text of this machine in pieces, none of them twice, none with EOD in it: there the peers write a control token."""
+    """Text of this machine in pieces, none of them twice, none with EOD in it, which the peers make a token."""
     paths = sysconfig.get_paths()
     roots = [paths["purelib"], paths["stdlib"], "/usr/share", "/usr/include", "/usr/lib"]
     seen: set[bytes] = set()

@@ -154,8 +154,8 @@ def _sample(files: list[str], key: str) -> Iterator[str]:
     """Texts from the start of up to eight files, to compare two tokenizers on."""
     for path in files[:8]:
         room = SAMPLE_CHARACTERS // min(8, len(files))
-        for _, text in read_texts(next(cut_chunks(path, key, 2 * room), Chunk(path, 1, b"")), key):
-            if room > 0 and isinstance(text, str):
+        for text in read_texts(next(cut_chunks(path, key, 2 * room), Chunk(path, 1, b"")), key)[0]:
+            if room > 0:
                 yield text[:room]
                 room -= len(text)
 

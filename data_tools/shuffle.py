@@ -22,14 +22,17 @@ Batch = tuple[Keys, npt.NDArray[np.int64], npt.NDArray[Any]]  # keys, lengths, t
 
 
 def document_keys(seed: int, first: int, count: int) -> Keys:
-    """Distinct random keys of documents `first` to `first + count`: splitmix64 (Steele et al., 2014), a bijection."""
-    z = np.arange(first, first + count, dtype=np.uint64)
-    for offset in (np.uint64(seed % 2**64), np.uint64(0)):  # twice, so that seeds 0 and 1 are not each other's shift
-        z = (z + offset + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return z
+    """Distinct random keys of documents `first` to `first + count`: a bijection of their numbers."""
+    start = _mix(np.array([seed % 2**64], dtype=np.uint64))  # mixed too: seeds 0 and 1 must not be each other's shift
+    return _mix(np.arange(first, first + count, dtype=np.uint64) + start)
+
+
+def _mix(z: Keys) -> Keys:
+    """splitmix64 (Steele, Lea and Flood, 2014)."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 class DocumentShuffler:
@@ -66,7 +69,7 @@ class DocumentShuffler:
             if num_bytes <= self._sort_bytes or num_documents == 1:
                 yield from _sorted(list(_read(path, self._dtype)))
             else:
-                deeper = _Deal(path.with_suffix(".d"), deal.level + 1)
+                deeper = _Deal(path.with_name(path.name + "d"), deal.level + 1)
                 for batch in _read(path, self._dtype):
                     deeper.add(batch)
                 yield from self._drain(deeper)
