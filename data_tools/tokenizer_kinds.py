@@ -28,7 +28,7 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer as Backend
 
         self.path, self.name, self._allow = path, path.absolute().parent.name, allow_special_tokens
-        self._is_file = merges is None
+        self.is_tokenizer_json = merges is None
         self.sha256 = _sha256(path) if merges is None else _sha256(path, merges)
         try:
             self._backend = Backend.from_file(str(path)) if merges is None else _gpt2(path, merges)
@@ -72,7 +72,8 @@ class HuggingFaceTokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def define_gigatoken(self) -> str:
-        return _without_special(self.path.read_bytes() if self._is_file else self._backend.to_str(), self._allow)
+        definition = self.path.read_bytes() if self.is_tokenizer_json else self._backend.to_str()
+        return _without_special(definition, self._allow)
 
 
 class SentencePieceTokenizer:
