@@ -8,12 +8,10 @@ one rank.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_lite.attention import apply_rope, causal_attention, rope_tables
 from megatron_lite.rng import init_generator
@@ -27,11 +25,8 @@ from megatron_lite.tensor_parallel.layers import (
     VocabParallelHead,
     compute_type,
 )
-from megatron_lite.tensor_parallel.loss import vocab_parallel_losses
+from megatron_lite.tensor_parallel.loss import VocabRows, token_losses, weighted_loss
 from megatron_lite.tensor_parallel.shards import slice_whole, whole_shape
-
-# Logits held at once, in elements: 2^27 fp32 numbers are 512 MiB. Below it the loss is one matmul, above it is chunked.
-LOGITS_LIMIT = 1 << 27
 
 
 class RMSNorm(nn.Module):
@@ -141,57 +136,21 @@ class GPT(nn.Module):
         before = self.head.first_row
         return sum_forward(F.pad(logits_BTV, (before, vocab_size - before - logits_BTV.shape[-1])), self.tp)
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Per-token cross-entropy in nats, fp32 [B, T]. Never holds more than LOGITS_LIMIT logits."""
-        h_ND, labels_N = self.hidden(tokens_BT).flatten(0, 1), labels_BT.flatten()
-        rows = max(1, LOGITS_LIMIT // self.head.weight.shape[0])
-        if h_ND.shape[0] <= rows:
-            return self._losses(h_ND, labels_N).view(labels_BT.shape)
-        chunks = zip(h_ND.split(rows), labels_N.split(rows), strict=True)
-        parts = [checkpoint(self._losses, h, y, use_reentrant=False) for h, y in chunks]
-        return torch.cat(parts).view(labels_BT.shape)
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor, weights_BT: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Per-token cross-entropy in nats, fp32 [B, T]. With weights: (sum of weight * loss, the losses detached).
 
-    def _losses(self, h_ND: Tensor, labels_N: Tensor) -> Tensor:
-        if self.tp.size == 1:
-            return token_losses(h_ND, self.head.weight, labels_N)
-        return vocab_parallel_losses(h_ND, self.head.valid_weight, labels_N, self.head.first_row, self.tp)
-
-
-class TokenLosses(torch.autograd.Function):
-    """Head and cross-entropy in one: the log-probabilities are kept, and turned into their own gradient in place.
-
-    One [N, V] buffer instead of three, and no pass to fill one with zeros: 1.4x on a whole step of a small proxy.
-    The softmax is fp32 (fp64 for fp64 models) whatever the matmul's type. A second backward is an error of autograd's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
-        """Cross-entropy of each row in nats [N]."""
-        logits_NV = F.linear(h_ND, head_VD)
-        ctx.compute_type = logits_NV.dtype
-        log_probs_NV = F.log_softmax(logits_NV, dim=-1, dtype=max_precision(logits_NV.dtype))
-        ctx.save_for_backward(h_ND, head_VD, labels_N, log_probs_NV)
-        return -log_probs_NV.gather(1, labels_N[:, None]).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None]:
-        """d loss / d logits = probability - [is the label], scaled by row; the matmuls run in the forward's type."""
-        h_ND, head_VD, labels_N, log_probs_NV = ctx.saved_tensors
-        grad_NV = log_probs_NV.exp_().mul_(grad_N[:, None]).scatter_add_(1, labels_N[:, None], -grad_N[:, None])
-        grad_NV = grad_NV.to(ctx.compute_type)
-        grad_h_ND = grad_NV @ head_VD.to(ctx.compute_type)
-        grad_head_VD = grad_NV.t() @ h_ND.to(ctx.compute_type)
-        return grad_h_ND.to(h_ND.dtype), grad_head_VD.to(head_VD.dtype), None
-
-
-def max_precision(dtype: torch.dtype) -> torch.dtype:
-    """fp64 stays, everything narrower is summed in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def token_losses(h_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Cross-entropy of each row in nats [N], fp32 or wider."""
-    return cast(Tensor, TokenLosses.apply(h_ND, head_VD, labels_N))
+        Training passes weights: the head's gradient is then made in the forward, without a second pass over the
+        vocabulary. The [B * T, vocabulary] logits never exist at once.
+        """
+        h_ND = self.hidden(tokens_BT).flatten(0, 1)
+        rows = VocabRows(self.head.first_row, self.head.weight.shape[0], self.tp)
+        labels_N, head_VD = labels_BT.flatten(), self.head.valid_weight
+        if weights_BT is None:
+            return token_losses(h_ND, head_VD, labels_N, rows).view(labels_BT.shape)
+        loss, losses_N = weighted_loss(h_ND, head_VD, labels_N, weights_BT.flatten(), rows)
+        return loss, losses_N.view(labels_BT.shape)
 
 
 def init_params(model: GPT, seed: int) -> None:

@@ -87,8 +87,8 @@ def summed_loss(model: nn.Module, batch: Batch, device: torch.device, autocast: 
         x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
     )
     with autocast:
-        losses_BT = model(tokens_BT, labels_BT)
-    return (losses_BT * mask_BT).sum()
+        loss, _ = model(tokens_BT, labels_BT, mask_BT)
+    return cast(Tensor, loss)
 
 
 def moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,117 @@
+"""The loss kernel against plain cross-entropy, chunk by chunk and block by block; optimizer and allocator choices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import megatron_lite.tensor_parallel.loss as loss_module
+from megatron_lite.tensor_parallel.loss import VocabRows, token_losses, weighted_loss
+
+ROWS, HIDDEN, VOCAB = 11, 8, 30
+
+
+def inputs(dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, HIDDEN, generator=generator, dtype=dtype).mul(scale).requires_grad_() for n in (ROWS, VOCAB))
+    labels, weights = (
+        torch.randint(0, VOCAB, (ROWS,), generator=generator),
+        0.5 + torch.rand(ROWS, generator=generator, dtype=dtype),
+    )
+    weights[3] = 0.0  # a masked token
+    return h, w, labels, weights
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def chunks(request, monkeypatch):
+    """Everything at once, or chunks of 4 rows (the last one short) in blocks of 2."""
+    if request.param == "chunks":
+        monkeypatch.setitem(loss_module.CHUNK, "cpu", 4 * VOCAB)
+        monkeypatch.setattr(loss_module, "BLOCK", 2 * VOCAB)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("scale", [1.0, 12.0])  # 12: logits of some hundreds, whose plain exponentials overflow
+def test_losses_and_gradients_equal_cross_entropy(chunks, dtype, tolerance, scale):
+    h, w, labels, weights = inputs(dtype, scale)
+    expected = F.cross_entropy(h.double() @ w.double().t(), labels, reduction="none")
+    theirs = torch.autograd.grad((expected * weights).sum(), (h, w))
+    losses = token_losses(h, w, labels)
+    loss, detached = weighted_loss(h, w, labels, weights)
+    assert torch.equal(losses, detached) and not detached.requires_grad and losses.dtype == dtype
+    assert (losses - expected).norm() <= tolerance * expected.norm()
+    assert (loss - (expected * weights).sum()).abs() <= tolerance * loss.abs()
+    for scalar, factor in (((losses * weights).sum(), 1), (loss * 3, 3)):
+        ours = torch.autograd.grad(scalar, (h, w))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype and (a / factor - b).norm() <= tolerance * b.norm()
+
+
+def test_a_second_backward_is_refused():
+    h, w, labels, weights = inputs()
+    loss, _ = weighted_loss(h, w, labels, weights)
+    loss.backward(retain_graph=False)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_bf16_matmuls_keep_an_fp32_loss_and_gradients(chunks):
+    h, w, labels, weights = inputs()
+    expected = F.cross_entropy(h @ w.t(), labels, reduction="none")
+    theirs = torch.autograd.grad((expected * weights).sum(), (h, w))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, losses = weighted_loss(h, w, labels, weights)
+        unweighted = token_losses(h, w, labels)
+    assert losses.dtype == torch.float32 and not torch.equal(losses, expected)
+    torch.testing.assert_close(losses, expected.detach(), rtol=0, atol=0.05)  # logits of bf16's 3 digits
+    for scalar in (loss, (unweighted * weights).sum()):  # the second backward runs outside autocast
+        for a, b in zip(torch.autograd.grad(scalar, (h, w)), theirs, strict=True):
+            assert a.dtype == torch.float32 and 0 < (a - b).norm() < 0.01 * b.norm()
+
+
+def test_no_more_logits_are_held_than_a_chunk_has():
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes())
+            return out
+
+    h, w, labels = torch.randn(4096, 16), torch.randn(20_000, 16), torch.randint(0, 20_000, (4096,))
+    with Sizes():
+        weighted_loss(h.requires_grad_(), w.requires_grad_(), labels, torch.ones(4096))[0].backward()
+    whole = 4096 * 20_000 * 4
+    assert 0 < largest <= 4 * loss_module.CHUNK["cpu"] < whole / 2
+
+
+def sharded_loss(dtype: torch.dtype):
+    """This rank's (loss, losses, its part of h's gradient, its rows of the head's) with the last rank all padding."""
+    from megatron_lite.config import ParallelConfig
+    from megatron_lite.mesh import Mesh
+
+    h, w, labels, weights = inputs(dtype, 12.0)
+    mesh = Mesh.from_env(ParallelConfig(tensor_parallel_size=3))
+    first, size = [(0, 20), (20, 10), (30, 0)][mesh.tp.rank]
+    loss_module.CHUNK["cpu"] = 4 * 20
+    loss, losses = weighted_loss(h, w[first : first + size], labels, weights, VocabRows(first, 20, mesh.tp))
+    grad_h, grad_w = torch.autograd.grad(loss, (h, w))
+    mesh.close()
+    return loss.item(), losses.tolist(), grad_h.tolist(), grad_w.tolist()
+
+
+@pytest.mark.slow
+def test_a_vocabulary_spread_over_ranks_gives_the_same_loss_and_gradients():
+    from megatron_lite.testing import run_distributed
+
+    h, w, labels, weights = inputs(torch.float64, 12.0)
+    loss, losses = weighted_loss(h, w, labels, weights)
+    grad_h, grad_w = torch.autograd.grad(loss, (h, w))
+    ranks = run_distributed(sharded_loss, 3, torch.float64)
+    for rank in ranks:
+        assert rank[0] == pytest.approx(loss.item(), rel=1e-13) and rank[1] == pytest.approx(losses.tolist(), rel=1e-12)
+    for i, expected in ((2, grad_h), (3, grad_w)):
+        total = sum(torch.tensor(rank[i], dtype=torch.float64) for rank in ranks)
+        assert (total - expected).norm() <= 1e-13 * expected.norm()
