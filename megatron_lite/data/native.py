@@ -10,7 +10,8 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,7 @@ SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ml_advise": ([PTR, I64, I64], None),
     "ml_batch": ([PTR], I64),
 }
+POOL = 4  # batches whose memory is used again: one in use, two made ahead, one being made
 IntArray = npt.NDArray[np.int64]
 
 
@@ -166,7 +168,10 @@ class Gather(reference.Gather):
             _fill(entry, domain) for entry, domain in zip(self._table, domains, strict=True) if domain
         ]
         self._prefixes: dict[tuple[int, int], IntArray] = {}
-        self._blend: tuple[Blend | None, IntArray | None, Any] = (None, None, None)
+        self._asked: tuple[Any, ...] = (None, None)
+        self._described: tuple[_Blend, IntArray] = (_Blend(), np.zeros(0, dtype=np.int64))
+        self._pool: list[tuple[IntArray, Callable[[], Any]]] = []
+        self._cu = np.zeros((0, 0), dtype=np.int32)
         self._call = _Batch(
             domains=ctypes.addressof(self._table),
             micro_batch_size=micro_batch_size,
@@ -183,46 +188,60 @@ class Gather(reference.Gather):
 
     def step(self, blend: Blend, first: IntArray, start: int, step_size: int, mine: IntArray) -> Rows:
         """reference.Gather.step."""
-        if self._blend[0] is not blend or self._blend[1] is not first:
+        call, asked = self._call, (blend, first)
+        if any(old is not new for old, new in zip(self._asked, asked, strict=True)):
             first_of_leaf = first[blend.domains]
-            held = _blend(blend.tree, blend.key, blend.window)
-            held.domain, held.first = _at(blend.domains), _at(first_of_leaf)
-            self._blend = (blend, first, (held, first_of_leaf))
-        call = self._call
-        call.blend, call.mine = ctypes.addressof(self._blend[2][0]), _at(mine)
+            described = _blend(blend.tree, blend.key, blend.window)
+            described.domain, described.first = _at(blend.domains), _at(first_of_leaf)
+            self._asked, self._described = asked, (described, first_of_leaf)
+        rows = self._allocate(len(mine))
+        call.blend, call.mine = ctypes.addressof(self._described[0]), _at(mine)
         call.start, call.step_size = start, step_size
-        return self._run(self._allocate(len(mine)))
+        return self._run(rows)
 
     def _allocate(self, count: int) -> Rows:
-        shape, options = (count, self.seq_length), self.options
-        domain, ordinal = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        rows = Rows(domain, ordinal, np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64))
-        if options.eod_mask_loss:
-            rows.loss_mask = np.empty(shape, dtype=np.float32)
+        """Rows in memory that was given out before and that nobody holds any more, if there is such."""
+        call, options, plane = self._call, self.options, count * self.seq_length
+        ends = np.cumsum([count, count, plane, plane, options.reset_position_ids * plane]).tolist()
+        size = ends[-1] + options.eod_mask_loss * -(-plane // 2)  # 32-bit floats
+        flat = self._borrow(size)
+        base, shape, (a, b, c, d, e) = _at(flat), (count, self.seq_length), ends
+        rows = Rows(flat[:a], flat[a:b], flat[b:c].reshape(shape), flat[c:d].reshape(shape))
+        call.domain, call.ordinal, call.tokens, call.labels = base, base + 8 * a, base + 8 * b, base + 8 * c
         if options.reset_position_ids:
-            rows.position_ids = np.empty(shape, dtype=np.int64)
+            rows.position_ids, call.position_ids = flat[d:e].reshape(shape), base + 8 * d
+        if options.eod_mask_loss:
+            rows.loss_mask, call.loss_mask = flat[e:].view(np.float32)[:plane].reshape(shape), base + 8 * e
         return rows
+
+    def _borrow(self, size: int) -> IntArray:
+        free = [i for i, (memory, user) in enumerate(self._pool) if user() is None and len(memory) == size]
+        at = free[0] if free else len(self._pool)
+        memory = self._pool[at][0] if free else np.empty(size, dtype=np.int64)
+        flat = np.frombuffer(memory.data, dtype=np.int64)  # lives as long as any view or tensor made from it
+        self._pool[at : at + 1] = [(memory, weakref.ref(flat))]
+        del self._pool[:-POOL]
+        return flat
 
     def _run(self, rows: Rows) -> Rows:
         call, count = self._call, len(rows.domain)
-        for name in ("domain", "ordinal", "tokens", "labels", "loss_mask", "position_ids"):
-            setattr(call, name, _at(getattr(rows, name)))
-        if self.options.reset_attention_mask:
-            micros = count // self.micro_batch_size
-            cu = np.empty((micros, self.micro_batch_size * self.seq_length + 1), dtype=np.int32)
-            num_cu, longest = np.empty((2, micros), dtype=np.int64)
-            call.cu_seqlens, call.num_cu, call.max_seqlen = _at(cu), _at(num_cu), _at(longest)
+        micros = count // self.micro_batch_size
+        if self.options.reset_attention_mask and len(self._cu) < micros:
+            self._cu = np.empty((micros, self.micro_batch_size * self.seq_length + 1), dtype=np.int32)
+            self._num_cu, self._longest = np.empty((2, micros), dtype=np.int64)
+            call.cu_seqlens, call.num_cu, call.max_seqlen = _at(self._cu), _at(self._num_cu), _at(self._longest)
         call.begin, call.count = 0, count
         while (done := _c().ml_batch(ctypes.byref(call))) < count:
             domain, ordinal = int(rows.domain[done]), int(rows.ordinal[done])
+            call.begin, call.blend = done, 0
             if call.status != NEEDS_EPOCH:
                 raise self._fault(call.status, domain, ordinal, call.shard, call.document)
             self._prepare(domain, ordinal)
-            call.begin, call.blend = done, 0
         call.blend = 0
         if self.options.reset_attention_mask:
-            rows.cu_seqlens = [row[:size].copy() for row, size in zip(cu, num_cu.tolist(), strict=True)]
-            rows.max_seqlen = longest.tolist()
+            sizes = self._num_cu[:micros].tolist()
+            rows.cu_seqlens = [self._cu[i, :size].copy() for i, size in enumerate(sizes)]
+            rows.max_seqlen = self._longest[:micros].tolist()
         return rows
 
     def _prepare(self, which: int, ordinal: int) -> None:
