@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,18 +68,24 @@ class Rows:
 
     def split(self, micro_batch_size: int) -> list[Batch]:
         """The micro-batches, sharing memory with the rows."""
-        micro_batches, one = [], torch.ones(1)
+        micro_batches, optional = [], (self.loss_mask, self.position_ids)
         for i, start in enumerate(range(0, len(self.tokens), micro_batch_size)):
-            tokens, labels, domain, mask, position_ids = (
-                None if array is None else torch.from_numpy(array[start : start + micro_batch_size])
-                for array in (self.tokens, self.labels, self.domain, self.loss_mask, self.position_ids)
+            end = start + micro_batch_size
+            tokens, labels, domain = (
+                torch.from_numpy(array[start:end]) for array in (self.tokens, self.labels, self.domain)
             )
-            assert tokens is not None and labels is not None and domain is not None
-            mask = one.expand(tokens.shape) if mask is None else mask
+            mask, position_ids = (None if array is None else torch.from_numpy(array[start:end]) for array in optional)
             cu_seqlens = None if self.cu_seqlens is None else torch.from_numpy(self.cu_seqlens[i])
             longest = None if self.max_seqlen is None else self.max_seqlen[i]
+            mask = _ones(*tokens.shape) if mask is None else mask
             micro_batches.append(Batch(tokens, labels, mask, domain, position_ids, cu_seqlens, longest))
         return micro_batches
+
+
+@functools.cache
+def _ones(rows: int, seq_length: int) -> Tensor:
+    """One number seen as a whole mask: it is never written, and torch refuses to write to it."""
+    return torch.ones(1).expand(rows, seq_length)
 
 
 def mark_documents(rows: Rows, options: DocumentOptions, micro_batch_size: int) -> None:

@@ -168,9 +168,8 @@ class Gather(reference.Gather):
             _fill(entry, domain) for entry, domain in zip(self._table, domains, strict=True) if domain
         ]
         self._prefixes: dict[tuple[int, int], IntArray] = {}
-        self._asked: tuple[Any, ...] = (None, None)
-        self._described: tuple[_Blend, IntArray] = (_Blend(), np.zeros(0, dtype=np.int64))
-        self._pool: list[tuple[IntArray, Callable[[], Any]]] = []
+        self._asked: tuple[Any, ...] = (None, None, None)  # blend, first, mine, and what C++ makes of them
+        self._pool: list[tuple[npt.NDArray[np.uint8], Callable[[], Any], int]] = []
         self._cu = np.zeros((0, 0), dtype=np.int32)
         self._call = _Batch(
             domains=ctypes.addressof(self._table),
@@ -188,40 +187,43 @@ class Gather(reference.Gather):
 
     def step(self, blend: Blend, first: IntArray, start: int, step_size: int, mine: IntArray) -> Rows:
         """reference.Gather.step."""
-        call, asked = self._call, (blend, first)
-        if any(old is not new for old, new in zip(self._asked, asked, strict=True)):
-            first_of_leaf = first[blend.domains]
+        call = self._call
+        if self._asked[0] is not blend or self._asked[1] is not first or self._asked[2] is not mine:
+            leaves = first[blend.domains]
             described = _blend(blend.tree, blend.key, blend.window)
-            described.domain, described.first = _at(blend.domains), _at(first_of_leaf)
-            self._asked, self._described = asked, (described, first_of_leaf)
+            described.domain, described.first = _at(blend.domains), _at(leaves)
+            self._asked = (blend, first, mine, described, leaves, ctypes.addressof(described), _at(mine))
         rows = self._allocate(len(mine))
-        call.blend, call.mine = ctypes.addressof(self._described[0]), _at(mine)
+        *_, call.blend, call.mine = self._asked
         call.start, call.step_size = start, step_size
         return self._run(rows)
 
     def _allocate(self, count: int) -> Rows:
         """Rows in memory that was given out before and that nobody holds any more, if there is such."""
-        call, options, plane = self._call, self.options, count * self.seq_length
-        ends = np.cumsum([count, count, plane, plane, options.reset_position_ids * plane]).tolist()
-        size = ends[-1] + options.eod_mask_loss * -(-plane // 2)  # 32-bit floats
-        flat = self._borrow(size)
-        base, shape, (a, b, c, d, e) = _at(flat), (count, self.seq_length), ends
-        rows = Rows(flat[:a], flat[a:b], flat[b:c].reshape(shape), flat[c:d].reshape(shape))
-        call.domain, call.ordinal, call.tokens, call.labels = base, base + 8 * a, base + 8 * b, base + 8 * c
+        call, options, shape = self._call, self.options, (count, self.seq_length)
+        plane = 8 * count * self.seq_length  # bytes
+        flat, base = self._borrow(
+            16 * count + (2 + options.reset_position_ids) * plane + options.eod_mask_loss * plane // 2
+        )
+        call.tokens, call.labels, end = base, base + plane, 2 * plane
+        tokens, labels = np.ndarray(shape, np.int64, flat), np.ndarray(shape, np.int64, flat, plane)
+        position_ids = loss_mask = None
         if options.reset_position_ids:
-            rows.position_ids, call.position_ids = flat[d:e].reshape(shape), base + 8 * d
+            position_ids, call.position_ids = np.ndarray(shape, np.int64, flat, end), base + end
+            end += plane
+        call.domain, call.ordinal = base + end, base + end + 8 * count
+        domain, ordinal = np.ndarray((2, count), np.int64, flat, end)
+        end += 16 * count
         if options.eod_mask_loss:
-            rows.loss_mask, call.loss_mask = flat[e:].view(np.float32)[:plane].reshape(shape), base + 8 * e
-        return rows
+            loss_mask, call.loss_mask = np.ndarray(shape, np.float32, flat, end), base + end
+        return Rows(domain, ordinal, tokens, labels, loss_mask, position_ids)
 
-    def _borrow(self, size: int) -> IntArray:
-        free = [i for i, (memory, user) in enumerate(self._pool) if user() is None and len(memory) == size]
-        at = free[0] if free else len(self._pool)
-        memory = self._pool[at][0] if free else np.empty(size, dtype=np.int64)
-        flat = np.frombuffer(memory.data, dtype=np.int64)  # lives as long as any view or tensor made from it
-        self._pool[at : at + 1] = [(memory, weakref.ref(flat))]
-        del self._pool[:-POOL]
-        return flat
+    def _borrow(self, size: int) -> tuple[npt.NDArray[np.uint8], int]:
+        free = [i for i, (memory, user, _) in enumerate(self._pool) if user() is None and len(memory) == size]
+        memory = self._pool.pop(free[0])[0] if free else np.empty(size, dtype=np.uint8)
+        flat = np.frombuffer(memory.data, dtype=np.uint8)  # lives as long as any view or tensor made from it
+        self._pool = [*self._pool[1 - POOL :], (memory, weakref.ref(flat), _at(memory))]
+        return flat, self._pool[-1][2]
 
     def _run(self, rows: Rows) -> Rows:
         call, count = self._call, len(rows.domain)

@@ -76,15 +76,43 @@ void ask_ahead(const Batch& batch) {
     look_up(batch, domain[i], ordinal[i], &plan, [](const uint8_t* at, int64_t n) { advise(at, n, WILL_NEED); });
 }
 
-Fault copy_row(const Batch& batch, int64_t i, const Plan& plan) {
+// Brings what `plan` needs to the cache, a few lines at a time: all at once would stall the copy that it runs beside.
+class Fetch {
+ public:
+  explicit Fetch(const Plan& plan) : piece_(plan.pieces.data()), end_(piece_ + plan.pieces.size()) {}
+
+  void bytes(int64_t count) {
+    for (; count > 0 && piece_ != end_; count -= LINE) {
+      const int64_t shift = ITEM_SHIFT[piece_->shard->dtype_code];
+      __builtin_prefetch(piece_->shard->tokens + (piece_->at << shift) + done_, 0, 2);
+      done_ += LINE;
+      if (done_ >= piece_->count << shift) {
+        done_ = 0;
+        ++piece_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;  // bytes in a line of cache
+  const Piece *piece_, *end_;
+  int64_t done_ = 0;
+};
+
+Fault copy_row(const Batch& batch, int64_t i, const Plan& plan, Fetch fetch) {
+  constexpr int64_t CHUNK = 256;  // tokens between two fetches
   const int64_t seq_length = batch.seq_length;
   int64_t *tokens = batch.tokens + i * seq_length, *labels = batch.labels + i * seq_length, filled = 0;
   for (const Piece& piece : plan.pieces) {
-    const int64_t from = filled, skip = from == 0, code = piece.shard->dtype_code;
-    filled += piece.count;  // the first token of a row is no label, the last no input
-    if (!widen(code, piece.shard->tokens + (piece.at << ITEM_SHIFT[code]), piece.count, filled > seq_length, skip,
-               tokens + from, labels + from - 1 + skip, batch.vocab_size))
-      return {BAD_TOKEN, piece.number, piece.document};
+    const int64_t code = piece.shard->dtype_code, end = piece.at + piece.count;
+    for (int64_t at = piece.at; at < end; at += CHUNK) {
+      const int64_t from = filled, skip = from == 0, count = end - at < CHUNK ? end - at : CHUNK;
+      filled += count;  // the first token of a row is no label, the last no input
+      fetch.bytes(count << ITEM_SHIFT[code]);
+      if (!widen(code, piece.shard->tokens + (at << ITEM_SHIFT[code]), count, filled > seq_length, skip, tokens + from,
+                 labels + from - 1 + skip, batch.vocab_size))
+        return {BAD_TOKEN, piece.number, piece.document};
+    }
   }
   return plan.fault;
 }
@@ -125,18 +153,17 @@ int64_t ml_batch(Batch* batch) {
   }
   const bool marked = batch->loss_mask || batch->position_ids || batch->cu_seqlens;
   Plan now, next;
-  const auto look_at = [&](int64_t row, Plan* plan) {  // its tokens come to the cache while those of another are copied
-    look_up(*batch, batch->domain[row], batch->ordinal[row], plan, [](const uint8_t* at, int64_t bytes) {
-      for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(at + k, 0, 2);
-    });
+  const auto look_at = [&](int64_t row) {
+    look_up(*batch, batch->domain[row], batch->ordinal[row], &next, [](const uint8_t*, int64_t) {});
   };
   int64_t i = batch->begin;
-  if (i < batch->count) look_at(i, &next);
+  if (i < batch->count) look_at(i);
   for (; i < batch->count; ++i) {
     now.pieces.swap(next.pieces);
     now.fault = next.fault;
-    if (i + 1 < batch->count) look_at(i + 1, &next);
-    batch->fault = copy_row(*batch, i, now);
+    next.pieces.clear();
+    if (i + 1 < batch->count) look_at(i + 1);
+    batch->fault = copy_row(*batch, i, now, Fetch(next));
     if (batch->fault.status != DONE) break;
     if (marked) mark_row(*batch, i);
   }
