@@ -32,9 +32,11 @@ EXTRAS = {
     "deepspeed": ["deepspeed"],
     "hf": ["transformers"],
     "parquet": ["pyarrow"],
+    "fast": ["gigatoken"],  # tokenising 40 to 100 times faster, with the same ids or not at all
+    "tiktoken": ["tiktoken"],
     "flash": ["flash-attn"],
     "eval": ["lm_eval"],
-    "bench": ["megatron-core", "transformers", "litgpt"],
+    "bench": ["megatron-core", "transformers", "litgpt", "gigatoken"],
     "dev": [
         "pytest",
         "pytest-xdist",
@@ -46,6 +48,8 @@ EXTRAS = {
         "pre-commit",
         "transformers",
         "pyarrow",
+        "gigatoken",
+        "tiktoken",
     ],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})

@@ -37,6 +37,7 @@ def train_tokenizer(
     kind: str = "hf",
     max_bytes_per_file: float | None = 4e6,
     json_key: str = "text",
+    on_bad_line: str = "error",
 ) -> Path:
     """Write a tokenizer folder and return it; a folder that these inputs and settings already made is left as it is.
 
@@ -49,6 +50,8 @@ def train_tokenizer(
         raise ValueError(f"max_bytes_per_file is {max_bytes_per_file}; it must be a positive number of bytes, or None")
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; byte-level BPE needs at least {MIN_VOCAB_SIZE}")
+    if on_bad_line not in ("error", "skip"):
+        raise ValueError(f"on_bad_line is {on_bad_line!r}; it is error or skip")
     out = Path(out_dir)
     files = expand_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
     settings = {
@@ -57,12 +60,12 @@ def train_tokenizer(
         "vocab_size": vocab_size,
         "max_bytes_per_file": max_bytes_per_file,
         "json_key": json_key,
-        "sources": [{"size": s["size"], "sha256": s["sha256"]} for s in fingerprint(files)],
+        "sources": [{"size": s["size"], "xxh3_128": s["xxh3_128"]} for s in fingerprint(files)],
     }
     if _is_done(out, settings):
         return out
     _claim(out, settings)
-    documents = (text for path in files for text in _sample(path, json_key, max_bytes_per_file))
+    documents = (text for path in files for text in _sample(path, json_key, max_bytes_per_file, on_bad_line))
     if kind == "hf":
         _train_hf(documents, vocab_size, out)
     else:
@@ -97,12 +100,12 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         path.unlink()
 
 
-def _sample(path: str, json_key: str, max_bytes: float | None) -> Iterator[str]:
+def _sample(path: str, json_key: str, max_bytes: float | None, on_bad_line: str = "error") -> Iterator[str]:
     """The text of a file; when it has more than `max_bytes`, about that much in blocks drawn by keyed hash."""
     keep = 1.0
     if max_bytes is not None:
-        keep = max_bytes / max(1, sum(len(text.encode()) for text in read_documents([path], json_key)))
-    for text in read_documents([path], json_key):
+        keep = max_bytes / max(1, sum(len(text.encode()) for text in read_documents([path], json_key, on_bad_line)))
+    for text in read_documents([path], json_key, on_bad_line):
         if keep >= 1.0:
             yield text
             continue
@@ -174,9 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--type", choices=("hf", "sentencepiece"), default="hf")
     add("--max-bytes-per-file", type=float, default=4e6, help="UTF-8 bytes of text taken from each file")
     add("--json-key", default="text", help="key (parquet: column) that holds text")
+    add("--on-bad-line", choices=("error", "skip"), default="error", help="skip leaves bad lines out")
     args = parser.parse_args(argv)
     try:
-        out = train_tokenizer(args.input, args.vocab_size, args.out, args.type, args.max_bytes_per_file, args.json_key)
+        out = train_tokenizer(
+            args.input, args.vocab_size, args.out, args.type, args.max_bytes_per_file, args.json_key, args.on_bad_line
+        )
         tokenizer = load_tokenizer(out)
     except ValueError as error:
         print(f"train_tokenizer: error: {error}", file=sys.stderr)

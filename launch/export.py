@@ -21,6 +21,7 @@ if __name__ == "__main__":  # so that `python launch/export.py` works from a clo
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
+from data_tools.tokenizer_kinds import SentencePieceTokenizer
 from megatron_lite.checkpoint import save_checkpoint
 from megatron_lite.hf import TokenizerFiles, export_hf
 from megatron_lite.weights import Weights, read_weights
@@ -101,7 +102,9 @@ def read_tokenizer(path: str, weights: Weights) -> TokenizerFiles:
                 "not the tokenizer that made its shards"
             )
     assert tokenizer.eod_id is not None  # load_tokenizer refuses one without
-    probes = list(zip(PROBES, tokenizer.encode_batch(list(PROBES)), strict=True))
+    if not isinstance(tokenizer, SentencePieceTokenizer) and not getattr(tokenizer, "is_tokenizer_json", False):
+        raise ValueError(f"{tokenizer.path}: only a tokenizer.json or a SentencePiece *.model can be exported")
+    probes = [(text, list(ids)) for text, ids in zip(PROBES, tokenizer.encode_batch(list(PROBES)), strict=True)]
     facts = (tokenizer.path, tokenizer.vocab_size, tokenizer.eod_id)
     if tokenizer.path.suffix == ".json":
         return TokenizerFiles(*facts, tokenizer.decode([tokenizer.eod_id]), probes)

@@ -443,3 +443,8 @@ def test_the_command_goes_out_and_back_and_a_run_starts_from_either(tmp_path, to
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def test_a_tokenizer_that_hugging_face_has_no_file_for_is_refused():
+    with pytest.raises(ValueError, match=r"bytes: only a tokenizer\.json or a SentencePiece"):
+        read_tokenizer("bytes", SimpleNamespace(tokenizer={}, source="run"))

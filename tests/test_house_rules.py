@@ -38,7 +38,7 @@ LAZY = {"deepspeed", "transformers", "lightgbm", "ray", "submitit", "wandb"}  # 
 UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "eval", "exec", "yaml.load", "torch.load"}
 BAD_NAMES = {"utils", "common", "helpers", "manager", "misc"}
 FILE, FUNCTION, LOOP = 300, 60, 100  # lines; LOOP is for train() in train.py alone
-SIZES = {"megatron_lite": 4000, "megatron_lite/data": 2600}  # lines of Python in a house; data/ is one of its own
+SIZES = {"megatron_lite": 4000, "megatron_lite/data": 2650}  # lines of Python in a house; data/ is one of its own
 Found = Iterator[tuple[int, str]]  # line, what is wrong
 
 
@@ -206,10 +206,10 @@ def test_each_rule_catches_its_offender(tmp_path: Path, name: str, text: str, ex
 
 def test_core_and_data_have_a_size(tmp_path: Path) -> None:
     files = {
-        f"megatron_lite/{house}/x{i}.py": "#\n" * 200 for house, n in (("data", 13), ("engine", 20)) for i in range(n)
+        f"megatron_lite/{house}/x{i}.py": "#\n" * 50 for house, n in (("data", 53), ("engine", 80)) for i in range(n)
     }
     assert plant(tmp_path, files) == []
     assert plant(tmp_path, {"megatron_lite/rng.py": "#\n", "megatron_lite/data/blend.py": "#\n"}) == [
         "megatron_lite:0: 4001 lines, at most 4000: to add, remove",
-        "megatron_lite/data:0: 2601 lines, at most 2600: to add, remove",
+        "megatron_lite/data:0: 2651 lines, at most 2650: to add, remove",
     ]

@@ -75,6 +75,24 @@ def test_torchrun_two_ranks(files, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
+def test_torchrun_two_by_two_ranks_share_layers_and_samples(files, reference, sequence_parallel):
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "4", "--master-port", free_port(), SCRIPT]
+    settings = ["parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}"]
+    name = f"tp2-{sequence_parallel}"
+    extra = [word for setting in [*settings, "checkpoint.every=5"] for word in ("--set", setting)]
+    done = start([*command, *arguments(files, name, *extra)])
+    check(done, files, name, reference)
+    assert "dp 2 x tp 2" in done.stdout and done.stdout.count("step 10/10 | loss") == 1
+    for file in (files / name / "step_0000010").iterdir():
+        file.unlink()
+    (files / name / "result.json").unlink()
+    done = start([sys.executable, SCRIPT, *arguments(files, name, "--set", "checkpoint.every=5")])
+    assert "resumed at step 5" in done.stdout
+    check(done, files, name, reference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks):

@@ -72,6 +72,33 @@ def test_settings_that_clash_are_refused_with_the_numbers(overrides, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("tp", "overrides", "message"),
+    [
+        (3, [], "does not divide the 8 ranks of this launch; valid: 1, 2, 4, 8"),
+        (8, ["model.num_kv_heads=4"], "=8 does not divide model.num_kv_heads=4: each rank holds whole heads"),
+        (8, ["model.num_kv_heads=4"], "largest size that fits: 4"),
+        (8, ["model={num_heads: 4, hidden_size: 256}"], "=8 does not divide model.num_heads=4"),
+        (8, ["model.ffn_hidden_size=500"], "=8 does not divide model.ffn_hidden_size=500"),
+        (4, ["parallel.sequence_parallel=true", "data.seq_length=30"], "data.seq_length=30 is not divisible by"),
+    ],
+)
+def test_layers_that_tp_cannot_share_are_refused_with_the_numbers(tp, overrides, message):
+    with pytest.raises(ValueError) as error:
+        resolve(*overrides, f"parallel.tensor_parallel_size={tp}", world_size=8)
+    assert message in str(error.value)
+
+
+def test_ranks_are_shared_between_data_and_tensor_parallelism():
+    batch = "batch={global_batch_size: 16, micro_batch_size: 2}"
+    parallel = "parallel={tensor_parallel_size: 4, sequence_parallel: true}"
+    plan = resolve(batch, parallel, "model.vocab_size=50433", world_size=8)
+    assert (plan.dp_size, plan.tp_size, plan.grad_accum_steps, plan.sequence_parallel) == (2, 4, 4, True)
+    assert "dp 2 x tp 4 with sequence parallelism x accumulation 4" in plan.table()
+    assert "vocab 50,433 (padded to 50,688)" in plan.table() and plan.params == resolve("model.vocab_size=50433").params
+    assert "padded" not in resolve(batch, parallel, world_size=8).table()
+
+
 def test_batch_must_divide_over_ranks():
     with pytest.raises(ValueError, match="not divisible by the data-parallel size 3"):
         resolve(world_size=3)

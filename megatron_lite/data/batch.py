@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,17 +68,24 @@ class Rows:
 
     def split(self, micro_batch_size: int) -> list[Batch]:
         """The micro-batches, sharing memory with the rows."""
-        mask = torch.ones(1).expand(self.tokens.shape) if self.loss_mask is None else torch.from_numpy(self.loss_mask)
-        arrays = (self.tokens, self.labels, self.domain)
-        tokens, labels, domain = (torch.from_numpy(array).split(micro_batch_size) for array in arrays)
-        batches = [Batch(*parts) for parts in zip(tokens, labels, mask.split(micro_batch_size), domain, strict=True)]
-        for i, batch in enumerate(batches):
-            if self.position_ids is not None:
-                rows = self.position_ids[i * micro_batch_size : (i + 1) * micro_batch_size]
-                batch.position_ids_BT = torch.from_numpy(rows)
-            if self.cu_seqlens is not None and self.max_seqlen is not None:
-                batch.cu_seqlens, batch.max_seqlen = torch.from_numpy(self.cu_seqlens[i]), self.max_seqlen[i]
-        return batches
+        micro_batches, optional = [], (self.loss_mask, self.position_ids)
+        for i, start in enumerate(range(0, len(self.tokens), micro_batch_size)):
+            end = start + micro_batch_size
+            tokens, labels, domain = (
+                torch.from_numpy(array[start:end]) for array in (self.tokens, self.labels, self.domain)
+            )
+            mask, position_ids = (None if array is None else torch.from_numpy(array[start:end]) for array in optional)
+            cu_seqlens = None if self.cu_seqlens is None else torch.from_numpy(self.cu_seqlens[i])
+            longest = None if self.max_seqlen is None else self.max_seqlen[i]
+            mask = _ones(*tokens.shape) if mask is None else mask
+            micro_batches.append(Batch(tokens, labels, mask, domain, position_ids, cu_seqlens, longest))
+        return micro_batches
+
+
+@functools.cache
+def _ones(rows: int, seq_length: int) -> Tensor:
+    """One number seen as a whole mask: it is never written, and torch refuses to write to it."""
+    return torch.ones(1).expand(rows, seq_length)
 
 
 def mark_documents(rows: Rows, options: DocumentOptions, micro_batch_size: int) -> None:

@@ -10,7 +10,8 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,7 @@ SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ml_advise": ([PTR, I64, I64], None),
     "ml_batch": ([PTR], I64),
 }
+POOL = 4  # batches whose memory is used again: one in use, two made ahead, one being made
 IntArray = npt.NDArray[np.int64]
 
 
@@ -166,7 +168,9 @@ class Gather(reference.Gather):
             _fill(entry, domain) for entry, domain in zip(self._table, domains, strict=True) if domain
         ]
         self._prefixes: dict[tuple[int, int], IntArray] = {}
-        self._blend: tuple[Blend | None, IntArray | None, Any] = (None, None, None)
+        self._asked: tuple[Any, ...] = (None, None, None)  # blend, first, mine, and what C++ makes of them
+        self._pool: list[tuple[npt.NDArray[np.uint8], Callable[[], Any], int]] = []
+        self._cu = np.zeros((0, 0), dtype=np.int32)
         self._call = _Batch(
             domains=ctypes.addressof(self._table),
             micro_batch_size=micro_batch_size,
@@ -183,46 +187,63 @@ class Gather(reference.Gather):
 
     def step(self, blend: Blend, first: IntArray, start: int, step_size: int, mine: IntArray) -> Rows:
         """reference.Gather.step."""
-        if self._blend[0] is not blend or self._blend[1] is not first:
-            first_of_leaf = first[blend.domains]
-            held = _blend(blend.tree, blend.key, blend.window)
-            held.domain, held.first = _at(blend.domains), _at(first_of_leaf)
-            self._blend = (blend, first, (held, first_of_leaf))
         call = self._call
-        call.blend, call.mine = ctypes.addressof(self._blend[2][0]), _at(mine)
+        if self._asked[0] is not blend or self._asked[1] is not first or self._asked[2] is not mine:
+            leaves = first[blend.domains]
+            described = _blend(blend.tree, blend.key, blend.window)
+            described.domain, described.first = _at(blend.domains), _at(leaves)
+            self._asked = (blend, first, mine, described, leaves, ctypes.addressof(described), _at(mine))
+        rows = self._allocate(len(mine))
+        *_, call.blend, call.mine = self._asked
         call.start, call.step_size = start, step_size
-        return self._run(self._allocate(len(mine)))
+        return self._run(rows)
 
     def _allocate(self, count: int) -> Rows:
-        shape, options = (count, self.seq_length), self.options
-        domain, ordinal = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        rows = Rows(domain, ordinal, np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64))
-        if options.eod_mask_loss:
-            rows.loss_mask = np.empty(shape, dtype=np.float32)
+        """Rows in memory that was given out before and that nobody holds any more, if there is such."""
+        call, options, shape = self._call, self.options, (count, self.seq_length)
+        plane = 8 * count * self.seq_length  # bytes
+        flat, base = self._borrow(
+            16 * count + (2 + options.reset_position_ids) * plane + options.eod_mask_loss * plane // 2
+        )
+        call.tokens, call.labels, end = base, base + plane, 2 * plane
+        tokens, labels = np.ndarray(shape, np.int64, flat), np.ndarray(shape, np.int64, flat, plane)
+        position_ids = loss_mask = None
         if options.reset_position_ids:
-            rows.position_ids = np.empty(shape, dtype=np.int64)
-        return rows
+            position_ids, call.position_ids = np.ndarray(shape, np.int64, flat, end), base + end
+            end += plane
+        call.domain, call.ordinal = base + end, base + end + 8 * count
+        domain, ordinal = np.ndarray((2, count), np.int64, flat, end)
+        end += 16 * count
+        if options.eod_mask_loss:
+            loss_mask, call.loss_mask = np.ndarray(shape, np.float32, flat, end), base + end
+        return Rows(domain, ordinal, tokens, labels, loss_mask, position_ids)
+
+    def _borrow(self, size: int) -> tuple[npt.NDArray[np.uint8], int]:
+        free = [i for i, (memory, user, _) in enumerate(self._pool) if user() is None and len(memory) == size]
+        memory = self._pool.pop(free[0])[0] if free else np.empty(size, dtype=np.uint8)
+        flat = np.frombuffer(memory.data, dtype=np.uint8)  # lives as long as any view or tensor made from it
+        self._pool = [*self._pool[1 - POOL :], (memory, weakref.ref(flat), _at(memory))]
+        return flat, self._pool[-1][2]
 
     def _run(self, rows: Rows) -> Rows:
         call, count = self._call, len(rows.domain)
-        for name in ("domain", "ordinal", "tokens", "labels", "loss_mask", "position_ids"):
-            setattr(call, name, _at(getattr(rows, name)))
-        if self.options.reset_attention_mask:
-            micros = count // self.micro_batch_size
-            cu = np.empty((micros, self.micro_batch_size * self.seq_length + 1), dtype=np.int32)
-            num_cu, longest = np.empty((2, micros), dtype=np.int64)
-            call.cu_seqlens, call.num_cu, call.max_seqlen = _at(cu), _at(num_cu), _at(longest)
+        micros = count // self.micro_batch_size
+        if self.options.reset_attention_mask and len(self._cu) < micros:
+            self._cu = np.empty((micros, self.micro_batch_size * self.seq_length + 1), dtype=np.int32)
+            self._num_cu, self._longest = np.empty((2, micros), dtype=np.int64)
+            call.cu_seqlens, call.num_cu, call.max_seqlen = _at(self._cu), _at(self._num_cu), _at(self._longest)
         call.begin, call.count = 0, count
         while (done := _c().ml_batch(ctypes.byref(call))) < count:
             domain, ordinal = int(rows.domain[done]), int(rows.ordinal[done])
+            call.begin, call.blend = done, 0
             if call.status != NEEDS_EPOCH:
                 raise self._fault(call.status, domain, ordinal, call.shard, call.document)
             self._prepare(domain, ordinal)
-            call.begin, call.blend = done, 0
         call.blend = 0
         if self.options.reset_attention_mask:
-            rows.cu_seqlens = [row[:size].copy() for row, size in zip(cu, num_cu.tolist(), strict=True)]
-            rows.max_seqlen = longest.tolist()
+            sizes = self._num_cu[:micros].tolist()
+            rows.cu_seqlens = [self._cu[i, :size].copy() for i, size in enumerate(sizes)]
+            rows.max_seqlen = self._longest[:micros].tolist()
         return rows
 
     def _prepare(self, which: int, ordinal: int) -> None:

@@ -132,6 +132,7 @@ def test_kill_leaves_no_shard_and_the_next_run_finishes(tmp_path: Path, hf: Path
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(12_000))
     command = [sys.executable, "data_tools/preprocess_data.py", "--input", str(source), "--tokenizer-model", str(hf)]
     command += ["--output-prefix", str(tmp_path / "out"), "--exact-prefix", "--workers", "2", "--log-interval", "1"]
+    command += ["--backend", "native"]  # slow enough to be killed in the middle
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert "documents" in process.stderr.readline()  # in the middle: the first chunk is written
