@@ -254,7 +254,7 @@ def test_no_rank_of_a_loader_sees_a_biased_mixture(tmp_path, make_shard, domains
     for rank in range(8):
         ours = loader(tmp_path, weights, batch=window, rank=rank, size=8)
         steps = 200_000 // window
-        drawn = ours._blend.draw(0, steps * window)[0].reshape(steps, window)[:, ours._mine]
+        drawn = ours.blend.draw(0, steps * window)[0].reshape(steps, window)[:, ours._mine]
         assert [b.domain_B.item() for b in ours.step(3)] == drawn[3].tolist(), "this is what step() deals out"
         realised = np.bincount(drawn.reshape(-1), minlength=domains) / drawn.size
         assert np.abs(realised - 1 / domains).sum() / 2 <= 0.03
@@ -337,8 +337,8 @@ def test_every_difference_is_named_with_the_flag_that_allows_it(shards, make_sha
     for line in (
         "seed: 7 -> 8\n      to allow it: --allow-change seed",
         "data.seq_length: 4 -> 8\n      to allow it: --allow-change data.seq_length",
-        "data: train_a: shard train_a: bin 1,602 -> 1,620 bytes, idx 62 -> 82 bytes, content ",
-        "data: train_b: shard train_b: content ",
+        "data: train_a: shard train_a: bin 1,602 -> 1,620 bytes, idx 62 -> 82 bytes, probe ",
+        "data: train_b: shard train_b: probe ",
         "to allow it: --allow-change data\n",
     ):
         assert line in text
