@@ -51,17 +51,17 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _rows(loader: BlendedLoader, begun: list[tuple[Stage, list[int]]]) -> dict[str, dict[str, float]]:
-    """By domain, over these stages; an epoch is what the domain's shards hold in samples of the stage's length."""
+    """By domain, over these stages; an epoch is all tokens of the domain's shards."""
     total, rows = max(1, sum(sum(drawn) for _, drawn in begun)), {}
     for i, name in enumerate(loader.names):
         counts = [(drawn[i], stage.seq_length) for stage, drawn in begun]
+        tokens, held = sum(n * length for n, length in counts), loader.facts.get(name, {"tokens": 1})["tokens"]
         rows[name] = {
             "requested": sum(stage.weights.get(name, 0.0) * sum(drawn) for stage, drawn in begun) / total,
             "realised": sum(n for n, _ in counts) / total,
             "samples": sum(n for n, _ in counts),
-            "tokens": sum(n * length for n, length in counts),
-            "epochs": sum(n * length for n, length in counts)
-            / (loader.facts[name]["tokens"] if name in loader.facts else 1),
+            "tokens": tokens,
+            "epochs": tokens / held,
         }
     return rows
 

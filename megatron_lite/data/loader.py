@@ -155,10 +155,7 @@ class BlendedLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Go on at `step` of a run that saved `state`: its stages up to there, this loader's from there on.
-
-        Whether other things have changed is for the caller to ask: resume.changes.
-        """
+        """Go on at `step` of a run that saved `state`: its stages until then, ours from then on; see resume.py."""
         gone = state["domains"].keys() - self.domains.keys()  # nothing of theirs is drawn again
         self.facts |= {name: state["domains"][name] for name in gone}
         earliest = step * self.global_batch_size if gone else 0
