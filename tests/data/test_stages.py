@@ -131,10 +131,11 @@ def test_a_domain_that_leaves_and_returns_goes_on_where_it_was():
     assert ordinals[domains == 0].tolist() == list(range(16))
 
 
-def test_longer_samples_go_on_at_the_same_token():
-    """seq_length 4 -> 8 after 160 of 320 tokens: half of them are drawn, and half remain."""
-    blend = StagedBlend([Stage(0, {"a": 1.0}, 4), Stage(5, {"a": 1.0}, 8)], 0, default_kernels(), 8)
-    assert blend.draw(39, 2)[1].tolist() == [39, 20]
+@pytest.mark.parametrize("longer, first", [(8, 20), (6, 27)])
+def test_longer_samples_go_on_at_the_same_token(longer, first):
+    """After 160 tokens in samples of 4: the next sample of 8 is number 20; of 6 it is 27, since 26 was begun."""
+    blend = StagedBlend([Stage(0, {"a": 1.0}, 4), Stage(5, {"a": 1.0}, longer)], 0, default_kernels(), 8)
+    assert blend.draw(39, 2)[1].tolist() == [39, first]
     assert blend.counts(56).tolist() == [56]
 
 
@@ -310,6 +311,16 @@ def test_planned_stages_are_part_of_what_may_not_change_unsaid(shards):
     assert changes(with_stages(shards, (0, CHANGES[1][1])), saved(planned), 10) == {}
     zero = with_stages(shards, (0, {**CHANGES[0][1], "late": 0}), *CHANGES[1:2])
     assert changes(zero, saved(planned), 5) == {}, "a domain with weight 0 draws nothing"
+
+
+def test_a_stage_that_was_to_begin_now_gives_way(shards):
+    planned = with_stages(shards, *CHANGES[:2])
+    fresh = with_stages(shards, (0, {"b": 1.0}))
+    resume_at(fresh, saved(planned), 10, "mixture")
+    assert [(stage.first_step, stage.drawn) for stage in fresh.stages] == [
+        (0, {"a": 0.75, "b": 0.25}),
+        (10, {"b": 1.0}),
+    ]
 
 
 def test_a_dropped_domain_may_be_deleted_and_still_counts(shards):
