@@ -115,9 +115,10 @@ def shard_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
                 )
                 continue
             sizes = [f"{end} {was[end]:,} -> {now[end]:,} bytes" for end in ("bin", "idx") if was[end] != now[end]]
-            if sizes or was["sha256"] != now["sha256"]:
-                content = f"content {was['sha256'][:8]} -> {now['sha256'][:8]}"
-                lines.append(f"train_{domain}: shard {now['name']}: {', '.join([*sizes, content])}")
+            hashes = [key for key in ("probe", "xxh3") if was[key] and now[key]]  # a sidecar may have come since
+            sizes += [f"{key} {was[key]} -> {now[key]}" for key in hashes if was[key] != now[key]]
+            if sizes:
+                lines.append(f"train_{domain}: shard {now['name']}: {', '.join(sizes)}")
     return lines
 
 

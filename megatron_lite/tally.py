@@ -12,11 +12,11 @@ ROWS = 40  # domains that the console's table shows; the JSON has all
 
 def check_epochs(loader: BlendedLoader, total_samples: int) -> None:
     """ValueError if a run of `total_samples` would repeat a domain beyond its max_epochs; all stages count."""
-    stages = [(stage, int(counts.sum())) for stage, counts in loader.by_stage(total_samples)]
+    stages = [(stage, int(counts.sum())) for stage, counts in loader.blend.by_stage(total_samples)]
     for name in loader.names:
-        cap, tokens = loader.max_epochs(name), loader.num_tokens(name)
-        if cap is None or not tokens:
-            continue
+        if name not in loader.facts or name not in loader.domains or loader.domains[name].max_epochs is None:
+            continue  # never drawn, gone, or without a cap
+        cap, tokens = loader.domains[name].max_epochs, loader.facts[name]["tokens"]
         drawn = [(s.first_step, s.drawn[name], n * s.seq_length) for s, n in stages if name in s.drawn]
         needed = sum(weight * size for _, weight, size in drawn)
         if needed <= cap * tokens * (1 + 1e-9):  # a weight computed as cap * tokens / budget passes
@@ -35,7 +35,7 @@ def check_epochs(loader: BlendedLoader, total_samples: int) -> None:
 
 def report(loader: BlendedLoader, steps: int) -> dict[str, Any]:
     """Requested and realised share, samples, tokens, epochs of each domain in the first `steps` steps, and by stage."""
-    begun = [(stage, counts.tolist()) for stage, counts in loader.by_stage(steps * loader.global_batch_size)]
+    begun = [(stage, counts.tolist()) for stage, counts in loader.blend.by_stage(steps * loader.global_batch_size)]
     stages = [{"first_step": one[0].first_step, "domains": _rows(loader, [one])} for one in begun]
     return {"steps": steps, "domains": _rows(loader, begun), "stages": stages}
 
@@ -51,16 +51,17 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _rows(loader: BlendedLoader, begun: list[tuple[Stage, list[int]]]) -> dict[str, dict[str, float]]:
-    """By domain, over these stages; an epoch is what the domain's shards hold in samples of the stage's length."""
+    """By domain, over these stages; an epoch is all tokens of the domain's shards."""
     total, rows = max(1, sum(sum(drawn) for _, drawn in begun)), {}
     for i, name in enumerate(loader.names):
         counts = [(drawn[i], stage.seq_length) for stage, drawn in begun]
+        tokens, held = sum(n * length for n, length in counts), loader.facts.get(name, {"tokens": 1})["tokens"]
         rows[name] = {
             "requested": sum(stage.weights.get(name, 0.0) * sum(drawn) for stage, drawn in begun) / total,
             "realised": sum(n for n, _ in counts) / total,
             "samples": sum(n for n, _ in counts),
-            "tokens": sum(n * length for n, length in counts),
-            "epochs": sum(n * length for n, length in counts) / max(1, loader.num_tokens(name)),
+            "tokens": tokens,
+            "epochs": tokens / held,
         }
     return rows
 

@@ -141,6 +141,18 @@ def test_the_cap_on_epochs_counts_every_phase(tmp_path, mixture, phases):
         train(tiny_config(tmp_path / "run", phases), capped)
 
 
+def test_the_cap_on_epochs_counts_what_was_drawn_before_a_resume(tmp_path, mixture):
+    tokens = read_meta(f"{mixture.data_dir}/train_b").num_tokens
+    first = Mixture.from_weights({"a": 0.2, "b": 0.8}, mixture.data_dir)
+    capped = Mixture.from_weights({"a": 0.7, "b": 0.3}, mixture.data_dir, max_epochs={"b": 500 / tokens})
+    tiny = ("schedule.total_tokens=1280", "checkpoint.every=5")
+    train(tiny_config(tmp_path / "alone", *tiny), capped)  # 0.3 * 1280 = 384 tokens of b
+    train(tiny_config(tmp_path / "run", *tiny), first)
+    cut_back(tmp_path / "run", 5)
+    with pytest.raises(ValueError, match=r"train_b has \d+ tokens and weight 0.8 from step 0, 0.3 from step 5"):
+        train(tiny_config(tmp_path / "run", *tiny, "checkpoint.allow_change=[mixture]"), capped)  # 512 + 192
+
+
 def drawn(folder: str, phases: str) -> dict[int, float]:
     config = tiny_config(Path(folder) / "run", "checkpoint={every: 6}", phases)
     train(config, Mixture.load(Path(folder) / "mixture.yaml"))

@@ -62,7 +62,14 @@ class IndexedDataset:
         self.num_tokens, self.contiguous, self.sequences_are_documents = (
             self._check_arrays() if self.checked else (len(self.tokens), True, True)
         )
-        self._check_meta(xxhash.xxh3_64_hexdigest(idx_probe + bin_probe))
+        self._probe = xxhash.xxh3_64_hexdigest(idx_probe + bin_probe)
+        self._check_meta()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this shard from another: sizes in bytes, hashes of the content; xxh3 is "" without a sidecar."""
+        facts = {"name": os.path.basename(self.prefix), "bin": self.bin_size, "idx": self._idx_size}
+        return facts | {"probe": self._probe, "xxh3": self.meta.bin_xxh3 if self.meta else ""}
 
     def check(self) -> None:
         """Check everything that the .idx claims, also where the sidecar vouched for it. ValueError names the place."""
@@ -178,12 +185,12 @@ class IndexedDataset:
             total = int(ends[-1])
         return total, contiguous and total * size == self.bin_size
 
-    def _check_meta(self, probe: str) -> None:
+    def _check_meta(self) -> None:
         if self.meta is None:
             return
         claimed = {**vars(self.meta), **(vars(self.meta.layout) if self.meta.layout else {})}
         found = {"num_tokens": self.num_tokens, "num_documents": self.num_documents, "dtype": self.dtype.name}
-        found |= {"bin_size": self.bin_size, "idx_size": self._idx_size, "probe": probe}
+        found |= {"bin_size": self.bin_size, "idx_size": self._idx_size, "probe": self._probe}
         for key, value in found.items():
             if key in claimed and claimed[key] != value:
                 raise ValueError(

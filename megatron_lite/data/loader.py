@@ -13,15 +13,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_lite.data.batch import Batch, DocumentOptions, Rows
 from megatron_lite.data.evalset import EvalSet
-from megatron_lite.data.identity import TokenizerFacts, shard_identity, shared_facts
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.mixture import Domain, Mixture
 from megatron_lite.data.native import kernels as default_kernels
 from megatron_lite.data.samples import DomainSamples, SampleOrder
+from megatron_lite.data.sidecar import TokenizerFacts, shared_facts
 from megatron_lite.data.stages import Stage, StagedBlend, resumed_stages
 
 __all__ = ["Batch", "BlendedLoader", "EvalSet", "TokenizerFacts"]
@@ -65,11 +64,11 @@ class BlendedLoader:
         self._vocab_size, self._sample_order, self._kernels = vocab_size, sample_order, default_kernels()
         self._marks = (reset_position_ids, reset_attention_mask, eod_mask_loss)
         self.valid: dict[str, tuple[str, ...]] = {}  # validation sets of all stages
-        self._domains: dict[str, Domain] = {}
-        self._gone: dict[str, Any] = {}  # drawn before a resume and in no mixture since: known by its numbers
+        self.domains: dict[str, Domain] = {}  # as the last mixture that has each says, but a cap stays
+        self.facts: dict[str, Any] = {}  # of each domain ever drawn: its tokens, and what tells its shards from others
         self._samples: dict[str, DomainSamples] = {}  # a domain that is never drawn is never opened
         self._sources: list[DomainSamples | None] = []  # by domain index
-        self._blend = StagedBlend([], seed, self._kernels, global_batch_size)
+        self.blend = StagedBlend([], seed, self._kernels, global_batch_size)
         self.change_mixture(0, mixture)
         order = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
         self._mine = np.ascontiguousarray(order[:, dp_rank].reshape(-1))
@@ -77,12 +76,12 @@ class BlendedLoader:
     @property
     def names(self) -> tuple[str, ...]:
         """All domains of all stages, in the order in which they first appear; Batch.domain_B counts in it."""
-        return self._blend.names
+        return self.blend.names
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """What is drawn from which step on. A new tuple after each change: whoever draws ahead can compare."""
-        return self._blend.stages
+        return self.blend.stages
 
     def change_mixture(self, first_step: int, mixture: Mixture) -> None:
         """Draw `mixture` from step `first_step` on: at or after the last change. No sample is lost or repeated.
@@ -92,9 +91,9 @@ class BlendedLoader:
         stages = self.stages
         if first_step < 0 or (stages and first_step < stages[-1].first_step):
             raise ValueError(f"a change at step {first_step} would rewrite the stage from step {stages[-1].first_step}")
-        domains = dict(self._domains)
+        domains = dict(self.domains)
         for domain in mixture.domains:
-            known = self._domains.get(domain.name, domain)
+            known = self.domains.get(domain.name, domain)
             cap = known.max_epochs if domain.max_epochs is None else domain.max_epochs
             domains[domain.name] = replace(domain, max_epochs=cap)
             if known.prefixes != domain.prefixes:
@@ -104,25 +103,24 @@ class BlendedLoader:
                 )
         past = [stage for stage in stages if stage.first_step < first_step]
         valid = {**self.valid, **mixture.valid}
-        if (domains.keys(), valid) != (self._domains.keys(), self.valid):
+        if (domains.keys(), valid) != (self.domains.keys(), self.valid):
             train = [prefix for domain in domains.values() for prefix in domain.prefixes]
             self.meta = shared_facts([*train, *(prefix for prefixes in valid.values() for prefix in prefixes)])
-        self._domains, self.valid = domains, valid
+        self.domains, self.valid = domains, valid
         stage = Stage(first_step, dict(zip(mixture.names, mixture.weights.tolist(), strict=True)), self.seq_length)
         self._open(stage.drawn)
         if len(past) == len(stages):
-            self._blend.add(stage)
+            self.blend.add(stage)
         else:
-            self._blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
+            self.blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
         self._connect()
 
     def _open(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name in self._domains and name not in self._samples:
-                datasets = [IndexedDataset(prefix) for prefix in self._domains[name].prefixes]
-                self._samples[name] = DomainSamples(
-                    datasets, self.seq_length, self.seed, name, self._kernels, self._sample_order
-                )
+        for name in [n for n in dict.fromkeys(names) if n in self.domains and n not in self._samples]:
+            datasets = [IndexedDataset(prefix) for prefix in self.domains[name].prefixes]
+            samples = DomainSamples(datasets, self.seq_length, self.seed, name, self._kernels, self._sample_order)
+            self._samples[name] = samples
+            self.facts[name] = {"tokens": samples.num_tokens, "shards": [dataset.identity for dataset in datasets]}
 
     def _connect(self) -> None:
         """A reader for what is open; the same one as long as that and its numbers stay the same."""
@@ -135,36 +133,16 @@ class BlendedLoader:
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, counted from 0."""
-        blend, first, start = self._blend.at(step * self.global_batch_size)
+        blend, first, start = self.blend.at(step * self.global_batch_size)
         rows: Rows = self._gather.step(blend, first, start, self.global_batch_size, self._mine)
         return rows.split(self.micro_batch_size)
 
     def realised(self, consumed_samples: int) -> dict[str, int]:
         """Samples drawn from each domain among the first `consumed_samples`."""
-        return dict(zip(self.names, self._blend.counts(consumed_samples).tolist(), strict=True))
-
-    def by_stage(self, consumed_samples: int) -> list[tuple[Stage, npt.NDArray[np.int64]]]:
-        """The same for each stage that has begun [domains]."""
-        return self._blend.by_stage(consumed_samples)
-
-    def num_tokens(self, name: str) -> int:
-        """Tokens of a domain's shards; 0 for a domain that is never drawn, since it is not opened."""
-        return self._samples[name].num_tokens if name in self._samples else self._gone.get(name, {}).get("tokens", 0)
-
-    def max_epochs(self, name: str) -> float | None:
-        """How often a domain may be seen: what the last mixture that gives a cap says."""
-        return self._domains[name].max_epochs if name in self._domains else None
+        return dict(zip(self.names, self.blend.counts(consumed_samples).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """What is drawn, as JSON: settings, tokenizer, shards, stages. All positions follow from the step."""
-        domains = {
-            name: {
-                "tokens": self.num_tokens(name),
-                "shards": [shard_identity(prefix) for prefix in self._domains[name].prefixes],
-            }
-            for name in self.names
-            if name in self._samples
-        }
         return {
             "order": ORDER_VERSION,
             "seed": self.seed,
@@ -172,20 +150,18 @@ class BlendedLoader:
             "data.sample_order": self._sample_order,
             "batch.global_batch_size": self.global_batch_size,
             "tokenizer": asdict(self.meta),
-            "domains": self._gone | domains,
+            "domains": {name: self.facts[name] for name in self.names if name in self.facts},
             "stages": [asdict(stage) for stage in self.stages],
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Go on at `step` of a run that saved `state`: its stages up to there, this loader's from there on.
-
-        Whether other things have changed is for the caller to ask: resume.changes.
-        """
-        self._gone = {name: facts for name, facts in state["domains"].items() if name not in self._domains}
-        earliest = step * self.global_batch_size if self._gone else 0
+        """Go on at `step` of a run that saved `state`: its stages until then, ours from then on; see resume.py."""
+        gone = state["domains"].keys() - self.domains.keys()  # nothing of theirs is drawn again
+        self.facts |= {name: state["domains"][name] for name in gone}
+        earliest = step * self.global_batch_size if gone else 0
         stages = resumed_stages([Stage(**stage) for stage in state["stages"]], self.stages, step)
         self._open(name for stage in stages for name in stage.drawn)
-        self._blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
+        self.blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
         self._connect()
 
     def fingerprint(self) -> str:

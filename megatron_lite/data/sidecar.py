@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -178,3 +178,27 @@ def write_meta(prefix: str | os.PathLike[str], meta: ShardMeta) -> None:
     body = json.dumps(raw, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
     seal = SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'"\n}\n'
     atomic_write(f"{os.fspath(prefix)}.meta.json", body + seal)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What all sidecars agree on; None where no shard says."""
+
+    vocab_size: int | None
+    eod_id: int | None
+    tokenizer_sha256: str | None
+
+
+def shared_facts(prefixes: Sequence[str]) -> TokenizerFacts:
+    """The tokenizer behind these shards. ValueError names two that disagree. Shards without a sidecar are not asked."""
+    metas = [(prefix, meta) for prefix in prefixes if (meta := read_meta(prefix))]
+    for prefix, meta in metas:
+        for key in ("tokenizer_sha256", "vocab_size", "eod_id"):
+            ours, theirs = getattr(metas[0][1], key), getattr(meta, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{prefix}.meta.json says {key} {theirs!r}, {metas[0][0]}.meta.json says {ours!r}: "
+                    "all shards of a mixture need one tokenizer; tokenise one of the two again"
+                )
+    known = [TokenizerFacts(meta.vocab_size, meta.eod_id, meta.tokenizer_sha256) for _, meta in metas[:1]]
+    return known[0] if known else TokenizerFacts(None, None, None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -53,79 +54,55 @@ class StagedBlend:
     def __init__(self, stages: Iterable[Stage], seed: int, kernels: ModuleType, window: int, earliest: int = 0) -> None:
         """`earliest`: samples before it are counted, never drawn: some of their domains may be gone."""
         self.earliest, self.window, self._seed, self._kernels = earliest, window, seed, kernels
-        self._index: dict[str, int] = {}
+        self.stages: tuple[Stage, ...] = ()  # by first step
+        self.names: tuple[str, ...] = ()  # all domains as they first appear: what domain indices mean
         self._parts: list[_Part] = []
-        self._starts: list[int] = []
         for stage in stages:
             self.add(stage)
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """All stages, by first step."""
-        return tuple(part.stage for part in self._parts)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every domain of every stage, in the order in which they first appear: what domain indices mean."""
-        return tuple(self._index)
 
     def add(self, stage: Stage) -> None:
         """One more stage, after all others. What was drawn before it stays as it was."""
         assert stage.first_step > self._parts[-1].stage.first_step if self._parts else stage.first_step == 0
         start = stage.first_step * self.window
-        for name in stage.weights:
-            self._index.setdefault(name, len(self._index))
-        weights = np.array([stage.weights.get(name, 0.0) for name in self._index])
+        self.stages, self.names = (*self.stages, stage), tuple(dict.fromkeys([*self.names, *stage.weights]))
+        weights = np.array([stage.weights.get(name, 0.0) for name in self.names])
         tokens, owed = np.zeros(len(weights), dtype=np.int64), np.zeros(len(weights))
         if self._parts:
-            last, drawn = self._parts[-1], self._drawn(-1, start)
-            known = len(drawn)
-            tokens[:known] = last.tokens + drawn * last.stage.seq_length
-            target = np.array([last.stage.weights.get(name, 0.0) for name in self.names[:known]])
-            owed[:known] = last.owed + target * (start - last.start) - drawn
+            last = self._parts[-1]
+            drawn = last.blend.counts(start - last.start)
+            tokens[: len(drawn)] = last.tokens + drawn * last.stage.seq_length
+            target = np.array([last.stage.weights.get(name, 0.0) for name in self.names[: len(drawn)]])
+            owed[: len(drawn)] = last.owed + target * (start - last.start) - drawn
         before = -(-tokens // stage.seq_length)
         blend = Blend(weights, self._seed, self._kernels, self.window, owed, stage.first_step)
         self._parts.append(_Part(stage, start, blend, before, tokens, owed))
-        self._starts.append(start)
 
     def at(self, start: int) -> tuple[Blend, IntArray, int]:
         """The blend of sample `start`'s stage, each domain's first ordinal there, and the sample's place in it."""
         assert start >= self.earliest
-        part = self._parts[bisect_right(self._starts, start) - 1]
+        part = self._parts[bisect_right(self._parts, start, key=lambda part: part.start) - 1]
         return part.blend, part.before, start - part.start
 
     def draw(self, start: int, count: int) -> tuple[npt.NDArray[np.int32], IntArray]:
         """Samples start .. start + count - 1: their domain [count] and their ordinal within it [count]."""
-        assert start >= self.earliest
-        domains, ordinals = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-        at = bisect_right(self._starts, start) - 1
-        while count > 0:
-            part = self._parts[at]
-            until = self._starts[at + 1] if at + 1 < len(self._starts) else start + count
-            size = min(count, until - start)
-            domain, ordinal = part.blend.draw(start - part.start, size)
-            domains.append(domain)
-            ordinals.append(part.before[domain] + ordinal)
-            start, count, at = start + size, count - size, at + 1
-        return np.concatenate(domains), np.concatenate(ordinals)
+        found, ends = [(np.zeros(0, np.int32), np.zeros(0, np.int64))], [part.start for part in self._parts[1:]]
+        for begin, end in pairwise([start, *(end for end in ends if start < end < start + count), start + count]):
+            blend, before, place = self.at(begin)
+            domain, ordinal = blend.draw(place, end - begin)
+            found.append((domain, before[domain] + ordinal))
+        return np.concatenate([d for d, _ in found]), np.concatenate([o for _, o in found])
 
     def by_stage(self, consumed: int) -> list[tuple[Stage, IntArray]]:
         """Samples of each domain [domains] drawn in each stage that began, when `consumed` are drawn in all."""
-        found = []
-        for at, part in enumerate(self._parts):
-            if part.start < consumed or at == 0:
-                until = self._starts[at + 1] if at + 1 < len(self._starts) else consumed
-                drawn = self._drawn(at, min(consumed, until))
-                found.append((part.stage, np.pad(drawn, (0, len(self._index) - len(drawn)))))
-        return found
+        begun = [part for part in self._parts if part.start < consumed] or self._parts[:1]
+        ends = [*(part.start for part in begun[1:]), consumed]
+        drawn = [part.blend.counts(end - part.start) for part, end in zip(begun, ends, strict=True)]
+        whole = [np.pad(counts, (0, len(self.names) - len(counts))) for counts in drawn]
+        return [(part.stage, counts) for part, counts in zip(begun, whole, strict=True)]
 
     def counts(self, consumed: int) -> IntArray:
         """Samples of each domain among the first `consumed` [domains]."""
         return np.sum([drawn for _, drawn in self.by_stage(consumed)], axis=0)
-
-    def _drawn(self, at: int, until: int) -> IntArray:
-        part = self._parts[at]
-        return part.blend.counts(until - part.start)
 
 
 def resumed_stages(old: Sequence[Stage], new: Sequence[Stage], step: int) -> list[Stage]:

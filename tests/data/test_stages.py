@@ -131,10 +131,11 @@ def test_a_domain_that_leaves_and_returns_goes_on_where_it_was():
     assert ordinals[domains == 0].tolist() == list(range(16))
 
 
-def test_longer_samples_go_on_at_the_same_token():
-    """seq_length 4 -> 8 after 160 of 320 tokens: half of them are drawn, and half remain."""
-    blend = StagedBlend([Stage(0, {"a": 1.0}, 4), Stage(5, {"a": 1.0}, 8)], 0, default_kernels(), 8)
-    assert blend.draw(39, 2)[1].tolist() == [39, 20]
+@pytest.mark.parametrize("longer, first", [(8, 20), (6, 27)])
+def test_longer_samples_go_on_at_the_same_token(longer, first):
+    """After 160 tokens in samples of 4: the next sample of 8 is number 20; of 6 it is 27, since 26 was begun."""
+    blend = StagedBlend([Stage(0, {"a": 1.0}, 4), Stage(5, {"a": 1.0}, longer)], 0, default_kernels(), 8)
+    assert blend.draw(39, 2)[1].tolist() == [39, first]
     assert blend.counts(56).tolist() == [56]
 
 
@@ -254,7 +255,7 @@ def test_no_rank_of_a_loader_sees_a_biased_mixture(tmp_path, make_shard, domains
     for rank in range(8):
         ours = loader(tmp_path, weights, batch=window, rank=rank, size=8)
         steps = 200_000 // window
-        drawn = ours._blend.draw(0, steps * window)[0].reshape(steps, window)[:, ours._mine]
+        drawn = ours.blend.draw(0, steps * window)[0].reshape(steps, window)[:, ours._mine]
         assert [b.domain_B.item() for b in ours.step(3)] == drawn[3].tolist(), "this is what step() deals out"
         realised = np.bincount(drawn.reshape(-1), minlength=domains) / drawn.size
         assert np.abs(realised - 1 / domains).sum() / 2 <= 0.03
@@ -312,6 +313,16 @@ def test_planned_stages_are_part_of_what_may_not_change_unsaid(shards):
     assert changes(zero, saved(planned), 5) == {}, "a domain with weight 0 draws nothing"
 
 
+def test_a_stage_that_was_to_begin_now_gives_way(shards):
+    planned = with_stages(shards, *CHANGES[:2])
+    fresh = with_stages(shards, (0, {"b": 1.0}))
+    resume_at(fresh, saved(planned), 10, "mixture")
+    assert [(stage.first_step, stage.drawn) for stage in fresh.stages] == [
+        (0, {"a": 0.75, "b": 0.25}),
+        (10, {"b": 1.0}),
+    ]
+
+
 def test_a_dropped_domain_may_be_deleted_and_still_counts(shards):
     whole = with_stages(shards, (0, {"a": 0.5, "b": 0.5}), (10, {"b": 1.0}), micro=8)
     expected, state = whole.step(12)[0].tokens_BT, saved(whole)
@@ -337,8 +348,8 @@ def test_every_difference_is_named_with_the_flag_that_allows_it(shards, make_sha
     for line in (
         "seed: 7 -> 8\n      to allow it: --allow-change seed",
         "data.seq_length: 4 -> 8\n      to allow it: --allow-change data.seq_length",
-        "data: train_a: shard train_a: bin 1,602 -> 1,620 bytes, idx 62 -> 82 bytes, content ",
-        "data: train_b: shard train_b: content ",
+        "data: train_a: shard train_a: bin 1,602 -> 1,620 bytes, idx 62 -> 82 bytes, probe ",
+        "data: train_b: shard train_b: probe ",
         "to allow it: --allow-change data\n",
     ):
         assert line in text
