@@ -56,9 +56,8 @@ ML_INLINE T load(const uint8_t* base, int64_t i) {  // the arrays of an .idx are
 // The document's first token in the .bin, or -1 when it does not lie inside it.
 ML_INLINE int64_t locate(const Shard& shard, int64_t document, int64_t length) {
   const int64_t pointer = load<int64_t>(shard.pointers, document), shift = ITEM_SHIFT[shard.dtype_code];
-  const int64_t at = pointer >> shift;
-  const bool whole = at << shift == pointer;
-  return whole && pointer >= 0 && length <= shard.num_tokens && at <= shard.num_tokens - length ? at : -1;
+  const int64_t at = pointer >> shift, rest = pointer & ((int64_t{1} << shift) - 1);
+  return rest == 0 && pointer >= 0 && length <= shard.num_tokens && at <= shard.num_tokens - length ? at : -1;
 }
 
 // take(shard, document, at, count) for each piece of `length` tokens from position `start` of the epoch's stream:
