@@ -58,6 +58,15 @@ def test_special_tokens_are_tokens_only_when_allowed(kind: str, tmp_path: Path, 
         assert [list(allowed[i]).count(eod_id) for i in range(2)] == [2, 2]
 
 
+def test_special_tokens_in_text_do_not_cost_the_fast_path(tmp_path: Path, hf: Path) -> None:
+    raw = json.loads((hf / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 400, "content": "<|im_start|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    text = write_jsonl(tmp_path / "a.jsonl", ["a<|im_start|>b", "<|endoftext|>"])
+    prefix = run(tmp_path, text, tmp_path, backend="gigatoken")  # an error if the ids were not the same
+    assert 400 not in IndexedDataset(prefix).tokens
+
+
 def test_eod_without_special_flag_is_spelled_out(tmp_path: Path, hf: Path) -> None:
     raw = json.loads((hf / "tokenizer.json").read_text())
     raw["added_tokens"][0]["special"] = False
