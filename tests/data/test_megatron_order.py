@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.data import native, reference
+from megatron_lite.data.indexed_writer import write_index
 from megatron_lite.data.loader import BlendedLoader
 from megatron_lite.data.megatron_order import (
     SNAPSHOT,
@@ -146,6 +147,7 @@ WEIGHTS = {
     "equal": [1.0, 1.0, 1.0, 1.0],
     "percent": [30.0, 70.0],
     "tenths": [0.1, 0.2, 0.3, 0.3, 0.1],
+    "ties": [0.9, 0.2, 0.1],  # normalised once, not twice, other samples come third and fourth
     "odd": [0.37, 12.5, 3.1, 1e-3, 7.77, 2.2, 0.9, 4.0, 1.0, 0.3, 5.5],
 }
 
@@ -233,6 +235,32 @@ def test_the_loader_deals_a_megatron_run_to_any_layout(make_shard, random_length
             by_rank = [rank.step(step) for rank in ranks]
             tokens = np.concatenate([rank[m].tokens_BT for m in range(len(by_rank[0])) for rank in by_rank])
             assert np.array_equal(tokens, [theirs[step * batch + i]["tokens"] for i in range(batch)]), (micro, step)
+
+
+@pytest.mark.slow
+def test_weights_are_rounded_from_what_was_written(make_shard, monkeypatch, tmp_path):
+    """These sum to 1.2: made to sum to 1 in another way first, the third sample would come from another domain."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    weights = {"a": 0.7, "b": 0.3, "c": 0.1, "d": 0.1}
+    prefixes = [make_shard(f"train_{name}", [5000]).prefix for name in weights]
+    theirs = megatron(prefixes, [*weights.values()], 100, 1, None, tmp_path / "cache")
+    (tmp_path / "mixture.yaml").write_text(f"train: {weights}\n".replace("'", ""))
+    for mixture in (Mixture.from_weights(weights, tmp_path), Mixture.load(tmp_path / "mixture.yaml")):
+        blend, _ = build_megatron(mixture, SEQ, 1, 1, MegatronOptions(100), native.kernels())
+        assert np.array_equal(blend.draw(0, 100)[0], theirs.dataset_index[:100])
+
+
+@pytest.mark.slow
+def test_sequences_are_what_megatron_shuffles(make_shard, random_lengths, tmp_path):
+    """A document of several sentences is several entries of Megatron's document index."""
+    shard = make_shard("train_a", random_lengths(300))
+    indices = np.arange(0, 301, 3)
+    write_index(f"{shard.prefix}.idx", shard.dtype, np.array(shard.lengths), indices)
+    theirs = megatron([shard.prefix], None, 100, 4, None, tmp_path / "cache")
+    mixture = Mixture.from_weights({"a": 1}, tmp_path)
+    blend, samples = build_megatron(mixture, SEQ, 1, 4, MegatronOptions(100), native.kernels())
+    tokens = native.kernels().Gather([samples["a"]]).rows(*blend.draw(0, 100)).tokens
+    assert np.array_equal(tokens, [theirs[i]["tokens"] for i in range(100)])
 
 
 @pytest.fixture
