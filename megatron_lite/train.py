@@ -143,15 +143,13 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
 
 def megatron_options(config: Config) -> MegatronOptions | None:
     """What Megatron-Core's order depends on, where that is asked for: the run's length too."""
-    data = config.data
+    data, given = config.data, (config.data.split, config.data.mid_level_dataset_surplus)
     if data.sample_order == "megatron":
-        samples = -(-config.schedule.total_tokens // data.seq_length)
-        return MegatronOptions(samples, data.split, data.mid_level_dataset_surplus)
-    for key in ("split", "mid_level_dataset_surplus"):
-        if getattr(data, key) is not None:
-            raise ValueError(
-                f"data.{key}={getattr(data, key)!r} is for data.sample_order=megatron: remove one of the two"
-            )
+        return MegatronOptions(-(-config.schedule.total_tokens // data.seq_length), *given)
+    if given != (None, None):
+        raise ValueError(
+            "data.split and data.mid_level_dataset_surplus are for data.sample_order=megatron: remove them"
+        )
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ class TokenizerFacts:
     tokenizer_sha256: str | None
 
 
-def shared_facts(prefixes: Sequence[str]) -> TokenizerFacts:
-    """The tokenizer behind these shards. ValueError names two that disagree. Shards without a sidecar are not asked."""
+def shared_facts(prefixes: Sequence[str], known: Mapping[str, ShardMeta | None]) -> TokenizerFacts:
+    """The tokenizer behind these shards. ValueError names two that disagree. Shards without a sidecar are not asked.
+
+    `known`: sidecars that were read already; the others are read here.
+    """
     first: tuple[str, ShardMeta] | None = None
     for prefix in prefixes:
-        meta = read_meta(prefix)
+        meta = known[prefix] if prefix in known else read_meta(prefix)
         if meta is None:
             continue
         first = first or (prefix, meta)

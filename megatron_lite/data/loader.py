@@ -23,6 +23,7 @@ from megatron_lite.data.megatron_order import MegatronOptions, build_megatron
 from megatron_lite.data.mixture import Domain, Mixture
 from megatron_lite.data.native import kernels as default_kernels
 from megatron_lite.data.samples import DomainSamples, SampleOrder
+from megatron_lite.data.sidecar import ShardMeta
 from megatron_lite.data.stages import Stage, StagedBlend, resumed_stages
 
 __all__ = ["Batch", "BlendedLoader", "EvalSet", "TokenizerFacts"]
@@ -107,9 +108,7 @@ class BlendedLoader:
                 )
         past = [stage for stage in stages if stage.first_step < first_step]
         valid = {**self.valid, **mixture.valid}
-        if (domains.keys(), valid) != (self._domains.keys(), self.valid):
-            train = [prefix for domain in domains.values() for prefix in domain.prefixes]
-            self.meta = shared_facts([*train, *(prefix for prefixes in valid.values() for prefix in prefixes)])
+        unknown = (domains.keys(), valid) != (self._domains.keys(), self.valid)
         self._domains, self.valid = domains, valid
         stage = Stage(first_step, dict(zip(mixture.names, mixture.weights.tolist(), strict=True)), self.seq_length)
         blend = None
@@ -118,20 +117,27 @@ class BlendedLoader:
                 raise ValueError("data.sample_order=megatron has one mixture from the first step to the last")
             sizes = (self.seq_length, self.global_batch_size)
             blend, self._samples = build_megatron(mixture, *sizes, self.seed, self._megatron, self._kernels)
-        self._open(stage.drawn)
+        metas = self._open(stage.drawn)
+        if unknown:
+            train = [prefix for domain in domains.values() for prefix in domain.prefixes]
+            self.meta = shared_facts([*train, *(prefix for prefixes in valid.values() for prefix in prefixes)], metas)
         if len(past) == len(stages):
             self._blend.add(stage, blend)
         else:
             self._blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
         self._connect()
 
-    def _open(self, names: Iterable[str]) -> None:
+    def _open(self, names: Iterable[str]) -> dict[str, ShardMeta | None]:
+        """Samples of these domains, unless they are open; returns the sidecars that were read, by shard."""
+        metas = {}
         for name in names:
             if name in self._domains and name not in self._samples:
                 datasets = [IndexedDataset(prefix) for prefix in self._domains[name].prefixes]
+                metas |= {dataset.prefix: dataset.meta for dataset in datasets}
                 self._samples[name] = DomainSamples(
                     datasets, self.seq_length, self.seed, name, self._kernels, self._sample_order
                 )
+        return metas
 
     def _connect(self) -> None:
         """A reader for what is open; the same one as long as that and its numbers stay the same."""
