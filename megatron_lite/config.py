@@ -54,7 +54,9 @@ class DataConfig:
 
     data_dir: str | None = None  # folder of the shards; null: what mixture.yaml says
     seq_length: int = 2048  # tokens a sample predicts
-    sample_order: Literal["documents", "contiguous"] = "documents"  # contiguous: for shards shuffled when written
+    sample_order: Literal["documents", "contiguous", "megatron"] = "documents"  # contiguous: for shuffled shards
+    split: str | None = None  # megatron order only: its --split, e.g. "99,1,0"; null: all documents are for training
+    mid_level_dataset_surplus: float | None = None  # the same; null: Megatron's, 0.005 or, for one prefix alone, 0
     reset_position_ids: bool = False  # positions count from 0 after each EOD
     reset_attention_mask: bool = False  # no attention from one document to another
     eod_mask_loss: bool = False  # what follows an EOD is not learned

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lite import checkpoint, resume, tally
 from megatron_lite.config import Config, config_hash, dump, to_dict
 from megatron_lite.data.loader import BlendedLoader, EvalSet
+from megatron_lite.data.megatron_order import MegatronOptions
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.engine import Engine, build_engine, optim_names
 from megatron_lite.evaluate import EvalResult, evaluate, flatten
@@ -127,6 +128,7 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
         reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
         eod_mask_loss=config.data.eod_mask_loss,
+        megatron=megatron_options(config),
     )
     vocab_size = loader.meta.vocab_size if loader.meta else None
     deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
@@ -137,6 +139,18 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
     asked = config.schedule.total_tokens // config.data.seq_length  # samples, not rounded to steps
     tally.check_epochs(loader, asked)
     return loader, plan
+
+
+def megatron_options(config: Config) -> MegatronOptions | None:
+    """What Megatron-Core's order depends on, where that is asked for: the run's length too."""
+    data, given = config.data, (config.data.split, config.data.mid_level_dataset_surplus)
+    if data.sample_order == "megatron":
+        return MegatronOptions(-(-config.schedule.total_tokens // data.seq_length), *given)
+    if given != (None, None):
+        raise ValueError(
+            "data.split and data.mid_level_dataset_surplus are for data.sample_order=megatron: remove them"
+        )
+    return None
 
 
 def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, plan: Plan) -> Run:

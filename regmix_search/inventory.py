@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lite.data.sidecar import read_meta
 from megatron_lite.schema import nearest
 from regmix_search.freshness import digest_of, listing
 
@@ -80,6 +79,8 @@ def _shards(folder: Path, kind: str) -> dict[str, Shard]:
 
 
 def _shard(domain: str, prefix: Path) -> Shard:
+    from megatron_lite.data.sidecar import read_meta  # numpy: --help starts without it
+
     meta = read_meta(prefix)
     if meta is not None and meta.bin_xxh3:
         return Shard(domain, prefix, meta.num_tokens, meta.bin_xxh3)

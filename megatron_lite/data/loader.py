@@ -17,6 +17,7 @@ import numpy as np
 from megatron_lite.data.batch import Batch, DocumentOptions, Rows
 from megatron_lite.data.evalset import EvalSet
 from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.megatron_order import MegatronOptions, build_megatron
 from megatron_lite.data.mixture import Domain, Mixture
 from megatron_lite.data.native import kernels as default_kernels
 from megatron_lite.data.samples import DomainSamples, SampleOrder
@@ -50,6 +51,7 @@ class BlendedLoader:
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
+        megatron: MegatronOptions | None = None,
     ) -> None:
         if min(seq_length, global_batch_size, micro_batch_size, dp_size) < 1:
             raise ValueError("seq_length, global_batch_size, micro_batch_size and dp_size must be at least 1")
@@ -58,10 +60,11 @@ class BlendedLoader:
                 f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
                 f"* data-parallel size {dp_size}; change one of them"
             )
-        assert 0 <= dp_rank < dp_size
+        assert 0 <= dp_rank < dp_size and (megatron is not None) == (sample_order == "megatron")
         self.mixture, self.seq_length, self.seed = mixture, seq_length, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self._vocab_size, self._sample_order, self._kernels = vocab_size, sample_order, default_kernels()
+        self._megatron = megatron
         self._marks = (reset_position_ids, reset_attention_mask, eod_mask_loss)
         self.valid: dict[str, tuple[str, ...]] = {}  # validation sets of all stages
         self.domains: dict[str, Domain] = {}  # as the last mixture that has each says, but a cap stays
@@ -108,9 +111,15 @@ class BlendedLoader:
             self.meta = shared_facts([*train, *(prefix for prefixes in valid.values() for prefix in prefixes)])
         self.domains, self.valid = domains, valid
         stage = Stage(first_step, dict(zip(mixture.names, mixture.weights.tolist(), strict=True)), self.seq_length)
+        blend = None
+        if self._megatron:
+            if stages:
+                raise ValueError("data.sample_order=megatron has one mixture from the first step to the last")
+            sizes = (self.seq_length, self.global_batch_size)
+            blend, self._samples = build_megatron(mixture, *sizes, self.seed, self._megatron, self._kernels)
         self._open(stage.drawn)
         if len(past) == len(stages):
-            self.blend.add(stage)
+            self.blend.add(stage, blend)
         else:
             self.blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
         self._connect()
@@ -120,7 +129,9 @@ class BlendedLoader:
             datasets = [IndexedDataset(prefix) for prefix in self.domains[name].prefixes]
             samples = DomainSamples(datasets, self.seq_length, self.seed, name, self._kernels, self._sample_order)
             self._samples[name] = samples
-            self.facts[name] = {"tokens": samples.num_tokens, "shards": [dataset.identity for dataset in datasets]}
+        for name, samples in self._samples.items():
+            shards = [dataset.identity for dataset in samples.datasets]
+            self.facts.setdefault(name, {"tokens": samples.num_tokens, "shards": shards})
 
     def _connect(self) -> None:
         """A reader for what is open; the same one as long as that and its numbers stay the same."""
@@ -148,6 +159,7 @@ class BlendedLoader:
             "seed": self.seed,
             "data.seq_length": self.seq_length,
             "data.sample_order": self._sample_order,
+            "megatron": self._megatron and str((*self._megatron, *(d.written for d in self.mixture.domains))),
             "batch.global_batch_size": self.global_batch_size,
             "tokenizer": asdict(self.meta),
             "domains": {name: self.facts[name] for name in self.names if name in self.facts},
@@ -160,6 +172,9 @@ class BlendedLoader:
         self.facts |= {name: state["domains"][name] for name in gone}
         earliest = step * self.global_batch_size if gone else 0
         stages = resumed_stages([Stage(**stage) for stage in state["stages"]], self.stages, step)
+        if self._megatron:
+            assert len(stages) == 1, "data.sample_order=megatron has one mixture from the first step to the last"
+            return
         self._open(name for stage in stages for name in stage.drawn)
         self.blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
         self._connect()

@@ -26,7 +26,7 @@ from megatron_lite.data.samples import DomainSamples
 
 SEPARATE_BELOW = 0.80  # Megatron: a last epoch of which less is needed is shuffled apart from the others
 SURPLUS = 0.005  # Megatron's --mid-level-dataset-surplus: what a blend's data sets hold beyond their share
-SNAPSHOT = 1 << 16  # samples between two states of the blend that are kept: 8 bytes a domain each
+SNAPSHOT = 1 << 14  # samples between two states of the blend that are kept: 8 bytes a domain each
 
 I64, PTR = ctypes.c_int64, ctypes.c_void_p
 SIGNATURES: dict[str, tuple[list[Any], Any]] = {
@@ -95,9 +95,7 @@ def build_indices(
     return Indices(document, sample, order)
 
 
-def _pairs(
-    library: ctypes.CDLL | None, lengths: Sequence[npt.NDArray[np.int32]], num_epochs: int
-) -> npt.NDArray[np.uint64]:
+def _pairs(library: ctypes.CDLL | None, lengths: Sequence[AnyArray], num_epochs: int) -> AnyArray:
     """Documents in file order, each with its length in the upper half, so that the walk need not look lengths up."""
     documents, first = sum(map(len, lengths)), 0
     pairs = np.empty(documents * num_epochs, dtype=np.uint64)
@@ -120,9 +118,8 @@ def _random_state(library: ctypes.CDLL, seed: int) -> Callable[[AnyArray], None]
     library.ml_twister_seed(state.ctypes.data, seed)
 
     def shuffle(array: AnyArray) -> None:
-        assert array.flags.c_contiguous and array.itemsize in (4, 8)
-        function = library.ml_shuffle32 if array.itemsize == 4 else library.ml_shuffle64
-        function(state.ctypes.data, array.ctypes.data, len(array))
+        assert array.flags.c_contiguous
+        getattr(library, f"ml_shuffle{8 * array.itemsize}")(state.ctypes.data, array.ctypes.data, len(array))
 
     return shuffle
 
@@ -147,42 +144,38 @@ def _walk(library: ctypes.CDLL | None, pairs: npt.NDArray[np.uint64], seq_length
 class MegatronBlend:
     """The order in which Megatron's BlendedDataset draws: Blend's interface. Weight 0 is never drawn.
 
-    Each draw depends on all before it, so a state is kept every 65,536 samples and the nearest one is gone on from;
-    the first call far into a run walks there (10 to 300 ns a sample). Not for concurrent use.
+    Each draw depends on all before it: a state is kept every 16,384 samples, and the first call far into a run walks
+    there, at 10 to 300 ns a sample.
     """
 
     def __init__(self, weights: Sequence[float] | npt.NDArray[np.float64], kernels: ModuleType) -> None:
         array = np.asarray(weights, dtype=np.float64)
         assert array.ndim == 1 and np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0
         self.num_domains = len(array)
-        self._domains = np.flatnonzero(array).astype(np.int32)
+        self.domains = np.flatnonzero(array).astype(np.int32)
         # the builder normalises, and BlendedDataset once more: other roundings would swap neighbours now and then
-        self.shares = array[self._domains] / array[self._domains].sum()
+        self.shares = array[self.domains] / array[self.domains].sum()
         self._weights = self.shares / self.shares.sum()
         self._library = _library(kernels)
-        self._states = [np.zeros(len(self._domains))]
-        self._latest = (0, self._states[0])  # where the last draw ended: the next one mostly begins there
+        self._states = [np.zeros(len(self.domains))]
 
     def targets(self, num_samples: int, surplus: float = SURPLUS) -> npt.NDArray[np.int64]:
         """Samples that each domain's indices are built for [num_domains]; 0 where the weight is 0."""
         found = np.zeros(self.num_domains, dtype=np.int64)
         wanted = [math.ceil(num_samples * share) for share in self.shares.tolist()]
-        found[self._domains] = [math.ceil(size * (1 + surplus)) for size in wanted]
+        found[self.domains] = [math.ceil(size * (1 + surplus)) for size in wanted]
         return found
 
     def draw(self, start: int, count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Samples start .. start + count - 1: their domain [count] and their ordinal within it [count]."""
-        assert start >= 0 and count >= 0
         which, ordinal = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int64)
-        drawn = self._state(start)
-        self._step(drawn, start, which, ordinal, count)
-        self._latest = (start + count, drawn)
-        return self._domains[which], ordinal
+        self._step(self._state(start), start, which, ordinal, count)
+        return self.domains[which], ordinal
 
     def counts(self, consumed: int) -> npt.NDArray[np.int64]:
         """Samples of each domain among the first `consumed` [num_domains]."""
         found = np.zeros(self.num_domains, dtype=np.int64)
-        found[self._domains] = self._state(consumed).astype(np.int64)
+        found[self.domains] = self._state(consumed).astype(np.int64)
         return found
 
     def _state(self, position: int) -> npt.NDArray[np.float64]:
@@ -191,10 +184,7 @@ class MegatronBlend:
             drawn = self._states[-1].copy()
             self._step(drawn, (len(self._states) - 1) * SNAPSHOT, None, None, SNAPSHOT)
             self._states.append(drawn)
-        edge, drawn = position // SNAPSHOT * SNAPSHOT, self._states[position // SNAPSHOT]
-        if edge < self._latest[0] <= position:
-            edge, drawn = self._latest
-        drawn = drawn.copy()
+        drawn, edge = self._states[position // SNAPSHOT].copy(), position // SNAPSHOT * SNAPSHOT
         self._step(drawn, edge, None, None, position - edge)
         return drawn
 
@@ -212,7 +202,7 @@ class MegatronBlend:
 
 
 class MegatronOptions(NamedTuple):
-    """What the order depends on beside shards, weights, seed and seq_length."""
+    """What the order depends on beside shards, weights, seed and seq_length: Megatron's flags of the run."""
 
     num_samples: int  # that Megatron was asked for: --train-samples, or --train-iters * --global-batch-size
     split: str | None = None  # --split; None: every document is for training
@@ -220,29 +210,39 @@ class MegatronOptions(NamedTuple):
 
 
 def build_megatron(
-    mixture: Mixture, seq_length: int, seed: int, options: MegatronOptions, kernels: ModuleType
-) -> tuple[MegatronBlend, dict[int, DomainSamples]]:
-    """The blend and, by domain, the samples of a Megatron run over this mixture; weight 0 is never opened.
+    mixture: Mixture, seq_length: int, window: int, seed: int, options: MegatronOptions, kernels: ModuleType
+) -> tuple[MegatronBlend, dict[str, DomainSamples]]:
+    """The blend and, by domain name, the samples of a Megatron run; weight 0 is never opened.
 
     A domain is one prefix of Megatron's --data-path; several shards of a domain are read as if merged into one.
+    ValueError where whole steps of `window` samples need more than Megatron's indices hold.
     """
     blend = MegatronBlend([d.weight if d.written is None else d.written for d in mixture.domains], kernels)
     surplus = options.surplus if options.surplus is not None else SURPLUS * (len(blend.shares) > 1)
-    samples = {}
-    for i, size in enumerate(blend.targets(options.num_samples, surplus).tolist()):
+    sizes, samples, held = blend.targets(options.num_samples, surplus).tolist(), {}, {}
+    for domain, size in zip(mixture.domains, sizes, strict=True):
         if not size:
             continue
-        name, datasets = mixture.domains[i].name, [IndexedDataset(prefix) for prefix in mixture.domains[i].prefixes]
+        datasets = [IndexedDataset(prefix) for prefix in domain.prefixes]
         kept, lengths = split_documents(options.split, sum(map(len, datasets))), []
         for dataset in datasets:
             dataset.check()  # all lengths are read here, so none is believed
             lengths.append(dataset.lengths[:kept])
             kept -= len(lengths[-1])
         if not any(part.any() for part in lengths):
-            raise ValueError(f"domain {name!r}: no tokens to train on (data.split {options.split!r}); give it weight 0")
+            raise ValueError(f"train_{domain.name}: no documents to train on with data.split {options.split!r}")
         indices = build_indices(lengths, size, seq_length, seed, kernels)
-        samples[i] = DomainSamples(datasets, seq_length, seed, name, kernels, "megatron", indices)
-        samples[i].num_tokens = sum(int(part.sum(dtype=np.int64)) for part in lengths)
+        found = DomainSamples(datasets, seq_length, seed, domain.name, kernels, "megatron", indices)
+        found.num_tokens = sum(int(part.sum(dtype=np.int64)) for part in lengths)
+        samples[domain.name], held[domain.name] = found, len(indices.shuffle)
+    total = -(-options.num_samples // window) * window
+    if (np.array([*held.values()]) < blend.shares * total + 1).any():  # none is ever drawn more often than that
+        for (name, has), needs in zip(held.items(), blend.counts(total)[blend.domains].tolist(), strict=True):
+            if needs > has:
+                raise ValueError(
+                    f"train_{name}: {total} samples in whole steps take {needs} of it, Megatron's order holds {has}: "
+                    "set schedule.total_tokens to a multiple of data.seq_length * batch.global_batch_size"
+                )
     return blend, samples
 
 
@@ -256,7 +256,7 @@ def split_documents(split: str | None, documents: int) -> int:
 
 def _library(kernels: ModuleType) -> ctypes.CDLL | None:
     found = None if kernels is reference else native.library()
-    for name, (arguments, result) in SIGNATURES.items() if found is not None else ():
+    for name, signature in SIGNATURES.items() if found is not None else ():
         function = getattr(found, name)
-        function.argtypes, function.restype = arguments, result
+        function.argtypes, function.restype = signature
     return found

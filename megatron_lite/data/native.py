@@ -187,6 +187,8 @@ class Gather(reference.Gather):
 
     def step(self, blend: Blend, first: IntArray, start: int, step_size: int, mine: IntArray) -> Rows:
         """reference.Gather.step."""
+        if not isinstance(blend, Blend):  # Megatron's: drawn by itself
+            return super().step(blend, first, start, step_size, mine)
         call = self._call
         if self._asked[0] is not blend or self._asked[1] is not first or self._asked[2] is not mine:
             leaves = first[blend.domains]

@@ -79,6 +79,7 @@ class DomainSamples:
         self.name, self.seq_length, self.mode, self.indices = name, seq_length, MODES[order], indices
         assert (order == "megatron") == (indices is not None)
         self.num_tokens = sum(dataset.num_tokens for dataset in datasets)
+        self.datasets = datasets
         self.samples_per_epoch = (self.num_tokens - 1) // seq_length
         self._where = f"domain {name!r} ({', '.join(dataset.prefix for dataset in datasets)})"
         if self.samples_per_epoch < 1:

@@ -64,6 +64,10 @@ class ShardMeta:
         return None if self.layout is None else _unpack(self.layout.block_tokens, self.num_documents, self.num_tokens)
 
 
+KNOWN = [f.name for f in fields(ShardMeta) if f.name not in ("extra", "layout")]
+KINDS = {f.name: str(f.type).partition("[")[0] for f in fields(Layout)}  # JSON types by key
+
+
 def count_blocks(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Tokens in each block of 256 documents with these lengths."""
     return np.add.reduceat(np.append(lengths, 0), np.arange(0, len(lengths), BLOCK), dtype=np.int64)
@@ -144,11 +148,10 @@ def read_meta(prefix: str | os.PathLike[str]) -> ShardMeta | None:
     for problem in _problems(raw, text):
         raise ValueError(f"{path}: {problem}; tokenise the shard again, or let data_tools/inspect_data.py write it")
     layout = raw.pop("layout", None)
-    known = [f.name for f in fields(ShardMeta) if f.name not in ("extra", "layout")]
     return ShardMeta(
-        **{key: raw[key] for key in known if key in raw},
+        **{key: raw[key] for key in KNOWN if key in raw},
         layout=Layout(**layout) if layout else None,
-        extra={k: v for k, v in raw.items() if k not in (*known, "version", "meta_xxh3")},
+        extra={k: v for k, v in raw.items() if k not in KNOWN and k not in ("version", "meta_xxh3")},
     )
 
 
@@ -166,8 +169,7 @@ def _problems(raw: dict[str, Any], text: bytes) -> Iterator[str]:
         if not isinstance(raw.get(key), str):
             yield f"{key} is {raw.get(key)!r}, expected text"
     if layout := raw.get("layout"):
-        kinds = {f.name: str(f.type).partition("[")[0] for f in fields(Layout)}
-        if not isinstance(layout, dict) or {k: type(v).__name__ for k, v in layout.items()} != kinds:
+        if not isinstance(layout, dict) or {k: type(v).__name__ for k, v in layout.items()} != KINDS:
             yield f"layout does not hold what version {VERSION} has in it"
 
 

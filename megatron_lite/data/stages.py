@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.blend import Blend
+from megatron_lite.data.megatron_order import MegatronBlend
 
 IntArray = npt.NDArray[np.int64]
 
@@ -42,7 +43,7 @@ class _Part:
 
     stage: Stage
     start: int  # the stage's first sample
-    blend: Blend
+    blend: Blend | MegatronBlend
     before: IntArray  # samples drawn, in units of this stage's seq_length
     tokens: IntArray
     owed: npt.NDArray[np.float64]  # samples
@@ -60,8 +61,8 @@ class StagedBlend:
         for stage in stages:
             self.add(stage)
 
-    def add(self, stage: Stage) -> None:
-        """One more stage, after all others. What was drawn before it stays as it was."""
+    def add(self, stage: Stage, blend: Blend | MegatronBlend | None = None) -> None:
+        """One more stage, after all others. What was drawn before it stays as it was. `blend`: its own order."""
         assert stage.first_step > self._parts[-1].stage.first_step if self._parts else stage.first_step == 0
         start = stage.first_step * self.window
         self.stages, self.names = (*self.stages, stage), tuple(dict.fromkeys([*self.names, *stage.weights]))
@@ -74,10 +75,10 @@ class StagedBlend:
             target = np.array([last.stage.weights.get(name, 0.0) for name in self.names[: len(drawn)]])
             owed[: len(drawn)] = last.owed + target * (start - last.start) - drawn
         before = -(-tokens // stage.seq_length)
-        blend = Blend(weights, self._seed, self._kernels, self.window, owed, stage.first_step)
+        blend = blend or Blend(weights, self._seed, self._kernels, self.window, owed, stage.first_step)
         self._parts.append(_Part(stage, start, blend, before, tokens, owed))
 
-    def at(self, start: int) -> tuple[Blend, IntArray, int]:
+    def at(self, start: int) -> tuple[Blend | MegatronBlend, IntArray, int]:
         """The blend of sample `start`'s stage, each domain's first ordinal there, and the sample's place in it."""
         assert start >= self.earliest
         part = self._parts[bisect_right(self._parts, start, key=lambda part: part.start) - 1]

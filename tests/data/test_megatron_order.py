@@ -1,11 +1,14 @@
 """Megatron's order: equal to megatron-core's own classes entry by entry, and to numpy where those are not installed."""
 
+import shutil
 import types
 
 import numpy as np
 import pytest
 
 from megatron_lite.data import native, reference
+from megatron_lite.data.indexed_writer import write_index
+from megatron_lite.data.loader import BlendedLoader
 from megatron_lite.data.megatron_order import (
     SNAPSHOT,
     MegatronBlend,
@@ -15,6 +18,8 @@ from megatron_lite.data.megatron_order import (
     split_documents,
 )
 from megatron_lite.data.mixture import Mixture
+from megatron_lite.testing import tiny_config, write_tiny_shards
+from megatron_lite.train import train
 
 SEQ = 16
 BOTH = pytest.mark.skipif(native.library() is None, reason="the library is not built: nothing to compare")
@@ -141,6 +146,7 @@ WEIGHTS = {
     "equal": [1.0, 1.0, 1.0, 1.0],
     "percent": [30.0, 70.0],
     "tenths": [0.1, 0.2, 0.3, 0.3, 0.1],
+    "ties": [0.9, 0.2, 0.1],  # normalised once, not twice, other samples come third and fourth
     "odd": [0.37, 12.5, 3.1, 1e-3, 7.77, 2.2, 0.9, 4.0, 1.0, 0.3, 5.5],
 }
 
@@ -178,8 +184,8 @@ def test_every_sample_of_a_blend_is_megatrons(
     size = round(epochs * 1700 * 5 / 3 / SEQ)
     prefixes, given = [domain.prefixes[0] for domain in drawn], [weights[domain.name] for domain in drawn]
     theirs = megatron(prefixes, given, size, 77, split, tmp_path / "cache")
-    blend, samples = build_megatron(mixture, SEQ, 77, MegatronOptions(size, split), kernels)
-    gather = kernels.Gather([samples.get(i) for i in range(len(mixture.domains))])
+    blend, samples = build_megatron(mixture, SEQ, 1, 77, MegatronOptions(size, split), kernels)
+    gather = kernels.Gather([samples.get(name) for name in mixture.names])
     rows = gather.rows(*blend.draw(0, len(theirs)))
     for i in range(len(theirs)):
         sample = theirs[i]
@@ -203,8 +209,110 @@ def test_a_single_prefix_is_megatrons_with_and_without_a_weight(
     theirs = megatron([prefix], given, size, 3, "1,0,0", tmp_path / "cache")
     built = theirs.datasets[0] if given else theirs
     mixture = Mixture.from_weights({"a": 1.0}, tmp_path)
-    blend, samples = build_megatron(mixture, SEQ, 3, MegatronOptions(size, None, surplus), native.kernels())
-    assert np.array_equal(samples[0].indices[2], built.shuffle_index)
+    blend, samples = build_megatron(mixture, SEQ, 1, 3, MegatronOptions(size, None, surplus), native.kernels())
+    assert np.array_equal(samples["a"].indices[2], built.shuffle_index)
     assert np.array_equal(
-        native.kernels().Gather([samples[0]]).rows(*blend.draw(0, 9)).tokens, [theirs[i]["tokens"] for i in range(9)]
+        native.kernels().Gather([samples["a"]]).rows(*blend.draw(0, 9)).tokens, [theirs[i]["tokens"] for i in range(9)]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["1", "0"])
+def test_the_loader_deals_a_megatron_run_to_any_layout(make_shard, random_lengths, monkeypatch, tmp_path, backend):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setenv("MEGATRON_LITE_NATIVE", backend)
+    shards = [make_shard(f"train_{name}", random_lengths(90 + 60 * i), "uint16") for i, name in enumerate("abc")]
+    weights, batch, steps = {"a": 5.0, "b": 2.0, "c": 1.0}, 8, 40
+    theirs = megatron([s.prefix for s in shards], [*weights.values()], batch * steps, 9, "97,3,0", tmp_path / "cache")
+    mixture, options = Mixture.from_weights(weights, tmp_path), MegatronOptions(batch * steps, "97,3,0")
+    for micro, size in ((8, 1), (1, 4), (2, 2)):
+        ranks = [
+            BlendedLoader(mixture, SEQ, 9, batch, micro, rank, size, sample_order="megatron", megatron=options)
+            for rank in range(size)
+        ]
+        for step in (0, 1, 17, 39, 5):
+            by_rank = [rank.step(step) for rank in ranks]
+            tokens = np.concatenate([rank[m].tokens_BT for m in range(len(by_rank[0])) for rank in by_rank])
+            assert np.array_equal(tokens, [theirs[step * batch + i]["tokens"] for i in range(batch)]), (micro, step)
+
+
+@pytest.mark.slow
+def test_weights_are_rounded_from_what_was_written(make_shard, monkeypatch, tmp_path):
+    """These sum to 1.2: made to sum to 1 in another way first, the third sample would come from another domain."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    weights = {"a": 0.7, "b": 0.3, "c": 0.1, "d": 0.1}
+    prefixes = [make_shard(f"train_{name}", [5000]).prefix for name in weights]
+    theirs = megatron(prefixes, [*weights.values()], 100, 1, None, tmp_path / "cache")
+    (tmp_path / "mixture.yaml").write_text(f"train: {weights}\n".replace("'", ""))
+    for mixture in (Mixture.from_weights(weights, tmp_path), Mixture.load(tmp_path / "mixture.yaml")):
+        blend, _ = build_megatron(mixture, SEQ, 1, 1, MegatronOptions(100), native.kernels())
+        assert np.array_equal(blend.draw(0, 100)[0], theirs.dataset_index[:100])
+
+
+@pytest.mark.slow
+def test_sequences_are_what_megatron_shuffles(make_shard, random_lengths, tmp_path):
+    """A document of several sentences is several entries of Megatron's document index."""
+    shard = make_shard("train_a", random_lengths(300))
+    indices = np.arange(0, 301, 3)
+    write_index(f"{shard.prefix}.idx", shard.dtype, np.array(shard.lengths), indices)
+    theirs = megatron([shard.prefix], None, 100, 4, None, tmp_path / "cache")
+    mixture = Mixture.from_weights({"a": 1}, tmp_path)
+    blend, samples = build_megatron(mixture, SEQ, 1, 4, MegatronOptions(100), native.kernels())
+    tokens = native.kernels().Gather([samples["a"]]).rows(*blend.draw(0, 100)).tokens
+    assert np.array_equal(tokens, [theirs[i]["tokens"] for i in range(100)])
+
+
+@pytest.fixture
+def loader(make_shard, random_lengths, tmp_path):
+    """loader(weights, num_samples, ...): a loader in Megatron's order, batches of 8."""
+    for i, name in enumerate("ab"):
+        make_shard(f"train_{name}", random_lengths(90 + 60 * i), "uint16")
+
+    def make(weights, num_samples, **options):
+        mixture, given = Mixture.from_weights(weights, tmp_path), MegatronOptions(num_samples, **options)
+        return BlendedLoader(mixture, SEQ, 9, 8, 8, sample_order="megatron", megatron=given)
+
+    return make
+
+
+def test_the_fingerprint_knows_what_the_order_depends_on(loader):
+    prints = [
+        loader({"a": 1, "b": 2}, 80).fingerprint(),
+        loader({"a": 1, "b": 2}, 88).fingerprint(),
+        loader({"a": 1, "b": 2}, 80, split="99,1,0").fingerprint(),
+        loader({"a": 1, "b": 2}, 80, surplus=0.5).fingerprint(),
+        loader({"a": 2, "b": 4}, 80).fingerprint(),  # the same weights but for the rounding
+    ]
+    assert len(set(prints)) == len(prints)
+    assert loader({"a": 1, "b": 2}, 80).fingerprint() == prints[0]
+
+
+def test_a_later_mixture_is_refused(loader):
+    one = loader({"a": 1, "b": 2}, 80)
+    with pytest.raises(ValueError, match="one mixture from the first step"):
+        one.change_mixture(3, one.mixture)
+
+
+def test_whole_steps_beyond_megatrons_samples_are_refused(loader):
+    """A run that is rounded up to whole steps may want samples that Megatron's indices do not hold."""
+    held = len(loader({"a": 1}, 8)._samples["a"].indices[2])
+    assert held % 8, "another shard, please: this one ends on a whole step"
+    with pytest.raises(ValueError, match=f"Megatron's order holds {held}: set schedule.total_tokens"):
+        loader({"a": 1}, held)
+    assert len(loader({"a": 1}, held // 8 * 8).step(held // 8 - 1)[0].tokens_BT) == 8
+
+
+def test_a_run_resumes_in_megatrons_order_and_not_in_another(tmp_path):
+    mixture = write_tiny_shards(tmp_path / "shards")
+    order, every = "data={sample_order: megatron, split: '9,1,0'}", "checkpoint={every: 4, keep: 9}"
+    run = tiny_config(tmp_path / "run", order, every)
+    whole = train(run, mixture)
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "step_0000010")
+    assert train(run, mixture).losses == whole.losses
+    for key, change in (("megatron", "data.split=8,2,0"), ("megatron", "schedule.total_tokens=2560")):
+        allow = f"checkpoint.allow_change=[{change.partition('=')[0]}]"
+        with pytest.raises(ValueError, match=f"(?s){key}: .*no flag allows it: its order follows from the length"):
+            train(tiny_config(tmp_path / "run", order, every, change, allow), mixture)
+    with pytest.raises(ValueError, match="data.split and .* are for data.sample_order=megatron"):
+        train(tiny_config(tmp_path / "other", order, "data.sample_order=documents"), mixture)
