@@ -1,8 +1,17 @@
-"""Causal attention: PyTorch's SDPA, which has flash kernels of its own on CPU and CUDA."""
+"""Causal attention over rows or over the documents in them, and rotary positions.
+
+PyTorch's SDPA has flash kernels of its own on CPU and CUDA (FlashAttention 2 on GPUs); FlashAttention 3 and 4 take
+their place where they are installed. Shape suffixes: B batch, H query heads, G key/value heads (G divides H),
+T sequence, K head dim, N = B*T.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +21,6 @@ from torch import Tensor
 from megatron_lite.config import RopeScaling
 from megatron_lite.data.batch import Batch
 
-# B batch, H query heads, G key/value heads (G divides H), T sequence, K head dim
-
 
 @dataclass(frozen=True)
 class Documents:
@@ -21,31 +28,99 @@ class Documents:
 
     position_ids_BT: Tensor | None = None  # int64: place in the document
     cu_seqlens: Tensor | None = None  # int32: starts of documents in the flattened B*T, and B*T
+    max_seqlen: int | None = None  # tokens of the longest of them
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> Documents:
         """Those of a loader's batch, on the model's device."""
         parts = (batch.position_ids_BT, batch.cu_seqlens)
-        return cls(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
-
-    def mask(self, batch_size: int) -> Tensor | None:
-        """What may look at what [B, 1, T, T]: earlier tokens of the same document."""
-        if self.cu_seqlens is None:
-            return None
-        place_N = torch.arange(int(self.cu_seqlens[-1]), device=self.cu_seqlens.device, dtype=torch.int32)
-        document_BT = torch.bucketize(place_N, self.cu_seqlens, right=True).view(batch_size, -1)
-        return (document_BT[:, :, None] == document_BT[:, None, :]).tril_()[:, None]
+        moved = (None if part is None else part.to(device, non_blocking=True) for part in parts)
+        return cls(*moved, batch.max_seqlen)
 
 
 WHOLE_ROWS = Documents()
 
 
-def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v under ``mask_B1TT``, or a causal mask -> [B, H, T, K]; H/G queries a key."""
-    grouped, causal = q_BHTK.shape[1] != k_BGTK.shape[1], mask_B1TT is None
-    return F.scaled_dot_product_attention(
-        q_BHTK, k_BGTK, v_BGTK, attn_mask=mask_B1TT, is_causal=causal, enable_gqa=grouped
-    )
+def choose_attention(choice: str, device: torch.device) -> str:
+    """Puts FlashAttention 3 or 4 under SDPA where installed (GPUs from Hopper on); returns what runs, for people.
+
+    ``choice`` is config.attention: flash is a ValueError where there is none, auto warns once of a broken one.
+    """
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    names = ("FA3", "FA4") if major == 9 else ("FA4",) if major > 9 else ()
+    problems = [] if names else [f"{device.type} here is no GPU from Hopper on"]
+    for name in () if choice == "sdpa" else names:
+        try:
+            from torch.nn.attention import activate_flash_attention_impl
+
+            activate_flash_attention_impl(name)
+            return f"SDPA with FlashAttention {name[2:]}"
+        except Exception as error:  # missing, built for another torch, no kernel for this GPU: SDPA has its own
+            problems.append(f"{name}: {error}")
+            if choice == "auto" and not isinstance(error, ModuleNotFoundError):
+                warnings.warn(f"FlashAttention {name[2:]} does not work here ({error}); using PyTorch's own kernels")
+    if choice == "flash":
+        way_out = "install flash-attn 3 or 4 (github.com/Dao-AILab/flash-attention), or set attention: auto"
+        raise ValueError(f"attention: flash cannot be had ({'; '.join(problems)}); {way_out}")
+    return "PyTorch's SDPA"
+
+
+def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents = WHOLE_ROWS) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v under a causal mask, within documents -> [B, H, T, K]; H/G queries a key."""
+    if documents.cu_seqlens is None:
+        return sdpa(q_BHTK, k_BGTK, v_BGTK)
+    return within_documents(q_BHTK, k_BGTK, v_BGTK, documents)
+
+
+def sdpa(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+    """PyTorch's causal attention."""
+    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+    return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # every batch has other lengths: it would compile each anew
+def within_documents(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document: one varlen kernel on a GPU, document by document elsewhere."""
+    kernel = varlen_kernel() if q_BHTK.is_cuda and q_BHTK.dtype in (torch.bfloat16, torch.float16) else None
+    if kernel is None:
+        return by_document(q_BHTK, k_BGTK, v_BGTK, documents)
+    return packed(q_BHTK, k_BGTK, v_BGTK, documents, kernel)
+
+
+def by_document(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents) -> Tensor:
+    """SDPA on each document by itself: no mask is built, and nothing is computed between documents."""
+    assert documents.cu_seqlens is not None
+    sizes: list[int] = documents.cu_seqlens.diff().tolist()
+    pieces = (x.transpose(0, 1).flatten(1, 2)[None].split(sizes, dim=2) for x in (q_BHTK, k_BGTK, v_BGTK))
+    out = torch.cat([sdpa(*piece) for piece in zip(*pieces, strict=True)], dim=2)  # [1, H, N, K]
+    return out.squeeze(0).unflatten(1, (q_BHTK.shape[0], -1)).transpose(0, 1)
+
+
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def packed(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents, kernel: Varlen) -> Tensor:
+    """All documents in one call of a varlen kernel."""
+    assert documents.cu_seqlens is not None and documents.max_seqlen is not None
+    tensors_NHK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTK, k_BGTK, v_BGTK))
+    out_NHK = kernel(*tensors_NHK, documents.cu_seqlens, documents.max_seqlen)
+    return out_NHK.unflatten(0, (q_BHTK.shape[0], -1)).transpose(1, 2)
+
+
+def varlen_kernel() -> Varlen | None:
+    """Causal (q, k, v [N, heads, K], cu_seqlens, max_seqlen) -> [N, H, K]: PyTorch's, else flash-attn 2's, else None."""
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
+
+        if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():  # not in every torch
+            return lambda q, k, v, cu, longest: varlen_attn(
+                q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+            )
+    with contextlib.suppress(ImportError):
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    return None
 
 
 def rope_tables(
@@ -67,7 +142,10 @@ def scale_frequency(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def apply_rope(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotates pairs (i, i + K/2) by position, Hugging Face Llama's convention; dtype is kept."""
+    """Rotates pairs (i, i + K/2) by position, Hugging Face Llama's convention; dtype is kept.
+
+    cos and sin: [T, K/2], or [B, 1, T, K/2] where rows have positions of their own.
+    """
     first, second = x_BHTK.chunk(2, dim=-1)
     cos, sin = cos_TK.to(x_BHTK.dtype), sin_TK.to(x_BHTK.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -54,14 +54,14 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(shape.hidden_size, (q, kv, kv), tp)
         self.out = RowParallelLinear(q, shape.hidden_size, tp)
 
-    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor, documents: Documents) -> Tensor:
         """[B, S, D] -> [B, S, D]; inside, this rank's heads over all positions."""
         B, T = x_BSD.shape[0], cos_TK.shape[-2]
         H, G = self.heads
         packed = self.qkv(x_BSD).view(B, T, H + 2 * G, self.head_dim).transpose(1, 2)
         queries_and_keys, v_BGTK = packed.split((H + G, G), dim=1)
         q_BHTK, k_BGTK = apply_rope(queries_and_keys, cos_TK, sin_TK).split((H, G), dim=1)
-        return self.out(causal_attention(q_BHTK, k_BGTK, v_BGTK, mask_B1TT).transpose(1, 2).reshape(B, T, -1))
+        return self.out(causal_attention(q_BHTK, k_BGTK, v_BGTK, documents).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -88,9 +88,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(shape.hidden_size, shape.norm_eps, tp)
         self.mlp = MLP(shape, tp)
 
-    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_TK: Tensor, sin_TK: Tensor, documents: Documents) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_TK, sin_TK, mask_B1TT)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_TK, sin_TK, documents)
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
@@ -127,17 +127,20 @@ class GPT(nn.Module):
         """
         T, longest = tokens_BT.shape[1], self.shape.seq_length
         assert longest >= T, f"{T} tokens, the model was built for {longest}"
-        x_BSD, mask_B1TT, places = self.embedding(tokens_BT), documents.mask(len(tokens_BT)), documents.position_ids_BT
+        x_BSD, places = self.embedding(tokens_BT), documents.position_ids_BT
         cos_TK, sin_TK = self.cos_TK[:T], self.sin_TK[:T]
         if places is not None:
             cos_TK, sin_TK = cos_TK[places][:, None], sin_TK[places][:, None]  # [B, 1, T, K/2]: the same for all heads
         for block in self.blocks:
-            x_BSD = run_block(block, self.recompute, x_BSD, cos_TK, sin_TK, mask_B1TT)
+            x_BSD = run_block(block, self.recompute, x_BSD, cos_TK, sin_TK, documents)
         return enter_region(compute_type(self.norm(x_BSD), self.tp), self.tp)
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
+    def logits(self, tokens_BT: Tensor, documents: Documents = WHOLE_ROWS) -> Tensor:
         """Next-token logits [B, T, vocabulary], on every rank."""
-        logits_BTV, vocab_size = F.linear(self.hidden(tokens_BT), self.head.valid_weight), self.shape.vocab_size
+        logits_BTV, vocab_size = (
+            F.linear(self.hidden(tokens_BT, documents), self.head.valid_weight),
+            self.shape.vocab_size,
+        )
         if self.tp.size == 1:
             return logits_BTV
         before = self.head.first_row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,44 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW over groups like those of ``param_groups``: one kernel for the whole step, CPU and GPU."""
+    """A fused AdamW over groups like those of ``param_groups``, one kernel for the whole step: see ``adamw_name``."""
+    if apex_imports(groups[0]["params"][0].device):
+        return cast(torch.optim.AdamW, apex_adamw(groups, config))
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def apex_imports(device: torch.device) -> bool:
+    """Whether NVIDIA's apex is here for a GPU. PyPI's apex is another program and has no optimizers."""
+    if device.type != "cuda":
+        return False
+    try:
+        from apex.optimizers import FusedAdam  # noqa: F401
+    except Exception:  # a build for another torch or CUDA fails in many ways, and none is a reason not to train
+        return False
+    return True
+
+
+def adamw_name(device: torch.device) -> str:
+    """The AdamW that ``build_optimizer`` takes for parameters on a device."""
+    return "apex's FusedAdam" if apex_imports(device) else "torch's fused AdamW"
+
+
+def apex_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
+    """apex's FusedAdam as AdamW, with its step count beside each parameter: there torch and our checkpoints have it."""
+    from apex.optimizers import FusedAdam
+
+    class ApexAdamW(FusedAdam):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                known = [self.state[p]["step"] for p in group["params"] if self.state.get(p)]
+                group["step"] = int(known[0]) if known else 0
+            super().step()
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self.state[param]["step"] = torch.tensor(float(group["step"]))
+
+    return ApexAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
 
 
 def clip_grad_norm(module: nn.Module, clip_grad: float, tp: TensorParallel) -> float:

@@ -1,13 +1,33 @@
-"""What belongs to the process and not to the run: signals and garbage collection."""
+"""What belongs to the process and not to the run: threads, memory, signals and garbage collection."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import signal
 from collections.abc import Iterator
 
+import torch
+
 GC_EVERY = 1000  # steps between garbage collections, the same on every rank: a step leaves no cycles of tensors
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def use_cpu(threads: int) -> None:
+    """Sets torch's threads (0: as they are), and keeps freed memory in the process where the C library is glibc.
+
+    By default glibc returns every freed buffer above 32 MiB to the kernel, which fills it with zeros, page by page,
+    when the next step asks for it again. No result changes.
+    """
+    if threads > 0:
+        torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)  # larger buffers than this still come from the kernel, one by one
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def collect_garbage(step: int) -> None:

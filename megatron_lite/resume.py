@@ -18,7 +18,9 @@ from megatron_lite.schema import nearest
 
 # A resumed run may differ in these; in anything else it would be another run. What `mixture` and `phases` name is in
 # the loader's state.
-FREE = {"name", "out_dir", "mixture", "phases", "engine", "compile", "threads", "eval", "checkpoint", "log", "parallel"}
+FREE = {"name", "out_dir", "mixture", "phases", "engine", "compile", "attention", "threads", "eval"} | {
+    *("checkpoint", "log", "parallel")
+}
 FREE |= {"activation_checkpointing"}
 NEVER = {  # what a resumed run may not change, and what to do instead
     "tokenizer": "the same ids would mean other text to a half-trained model: tokenise with the old tokenizer",

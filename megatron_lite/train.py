@@ -17,14 +17,14 @@ from megatron_lite.config import Config, config_hash, dump, to_dict
 from megatron_lite.data.loader import BlendedLoader, EvalSet
 from megatron_lite.data.megatron_order import MegatronOptions
 from megatron_lite.data.mixture import Mixture
-from megatron_lite.engine import Engine, build_engine, optim_names
+from megatron_lite.engine import Engine, build_engine, choose_kernels, optim_names
 from megatron_lite.evaluate import EvalResult, evaluate, flatten
 from megatron_lite.files import atomic_write, atomic_write_json, folder_lock
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import Metrics, Stopwatch
 from megatron_lite.optim import learning_rate
 from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
-from megatron_lite.process import collect_garbage, manual_gc, stop_signal
+from megatron_lite.process import collect_garbage, manual_gc, stop_signal, use_cpu
 from megatron_lite.shape import DEFAULT_VOCAB_SIZE
 from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_shapes
 from megatron_lite.weights import initial_weights
@@ -78,8 +78,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
     ``mixture=None`` reads ``config.mixture``. Raises ValueError for the user's mistakes, FloatingPointError naming
     the step for a non-finite gradient (nothing is updated or saved then), Preempted after SIGTERM.
     """
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
+    use_cpu(config.threads)
     mixture = mixture or load_mixture(config)
     mesh = Mesh.from_env(config.parallel)
     with folder_lock(config.run_dir) if mesh.is_main else contextlib.nullcontext():
@@ -160,6 +159,7 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         for name, prefixes in loader.valid.items()
     ]
     saver = checkpoint.Saver(config.run_dir, config.checkpoint.keep, config.checkpoint.async_save)
+    kernels = choose_kernels(config, mesh.device)
     run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver)
     load(run)
     if mesh.is_main:
@@ -170,7 +170,9 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         atomic_write_json(run_dir / "plan.json", plan.to_dict())
         if config.log.console:
             new = f"new run from {config.init_from}" if config.init_from else "new run"
-            print(f"{config.name}: {f'resumed at step {run.step}' if run.step else new}\n{plan.table()}")
+            print(
+                f"{config.name}: {f'resumed at step {run.step}' if run.step else new}\n{plan.table()}\n  kernels     {kernels}"
+            )
     report(run, plan.total_steps, "to draw")
     return run
 

@@ -109,12 +109,11 @@ def _sum_line(number: int, plan: Plan, workers: int, each: float, source: str) -
 
 def _measure(config: Config, plan: Plan, threads: int) -> tuple[float, str]:
     """(tokens/s of one run on ``threads`` threads, how that is known)."""
-    import torch
-
     from megatron_lite.mesh import Mesh
+    from megatron_lite.process import use_cpu
     from megatron_lite.speed import measure_speed
 
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     speed = measure_speed(config, plan, Mesh.from_env())
     return speed.tokens_per_s, f"at {speed.tokens_per_s:,.0f} tokens/s {speed.source}"
 

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.attention import choose_attention
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
+from megatron_lite.optim import adamw_name
 from megatron_lite.plan import Plan
 from megatron_lite.tensor_parallel.shards import whole_shapes
 
@@ -47,6 +49,11 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes back what state_dict gave, from any engine and any rank count."""
+
+
+def choose_kernels(config: Config, device: torch.device) -> str:
+    """Activates the kernels that the config asks for in this process, and names them; ValueError where it cannot."""
+    return f"{choose_attention(config.attention, device)}, {adamw_name(device)}"
 
 
 def build_engine(config: Config, plan: Plan, mesh: Mesh) -> Engine:
