@@ -98,8 +98,8 @@ def dry_run(config: Config) -> int:
     from megatron_lite import tally
     from megatron_lite.mesh import Mesh
     from megatron_lite.optim import schedule_table
+    from megatron_lite.run import load_mixture, resolve
     from megatron_lite.speed import measure_speed
-    from megatron_lite.train import load_mixture, resolve
 
     mixture, mesh = load_mixture(config), Mesh.from_env(config.parallel)
     loader, plan = resolve(config, mixture, mesh)

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,8 @@ class Documents:
     def of(cls, batch: Batch, device: torch.device) -> Documents:
         """Those of a loader's batch, on the model's device."""
         parts = (batch.position_ids_BT, batch.cu_seqlens)
-        moved = (None if part is None else part.to(device, non_blocking=True) for part in parts)
-        return cls(*moved, batch.max_seqlen)
+        places, cu_seqlens = (None if part is None else part.to(device, non_blocking=True) for part in parts)
+        return cls(places, cu_seqlens, batch.max_seqlen)
 
 
 WHOLE_ROWS = Documents()
@@ -102,20 +103,23 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 def packed(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents, kernel: Varlen) -> Tensor:
     """All documents in one call of a varlen kernel."""
     assert documents.cu_seqlens is not None and documents.max_seqlen is not None
-    tensors_NHK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTK, k_BGTK, v_BGTK))
-    out_NHK = kernel(*tensors_NHK, documents.cu_seqlens, documents.max_seqlen)
+    q_NHK, k_NGK, v_NGK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTK, k_BGTK, v_BGTK))
+    out_NHK = kernel(q_NHK, k_NGK, v_NGK, documents.cu_seqlens, documents.max_seqlen)
     return out_NHK.unflatten(0, (q_BHTK.shape[0], -1)).transpose(1, 2)
 
 
 def varlen_kernel() -> Varlen | None:
-    """Causal (q, k, v [N, heads, K], cu_seqlens, max_seqlen) -> [N, H, K]: PyTorch's, else flash-attn 2's, else None."""
+    """Causal (q, k, v [N, heads, K], cu_seqlens, max_seqlen) -> [N, H, K]: PyTorch's, flash-attn 2's, or none."""
     with contextlib.suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
         if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():  # not in every torch
-            return lambda q, k, v, cu, longest: varlen_attn(
-                q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
-            )
+
+            def kernel(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+                options: Any = {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+                return cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, **options))
+
+            return kernel
     with contextlib.suppress(ImportError):
         from flash_attn import flash_attn_varlen_func
 

@@ -137,10 +137,8 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT: Tensor, documents: Documents = WHOLE_ROWS) -> Tensor:
         """Next-token logits [B, T, vocabulary], on every rank."""
-        logits_BTV, vocab_size = (
-            F.linear(self.hidden(tokens_BT, documents), self.head.valid_weight),
-            self.shape.vocab_size,
-        )
+        logits_BTV = F.linear(self.hidden(tokens_BT, documents), self.head.valid_weight)
+        vocab_size = self.shape.vocab_size
         if self.tp.size == 1:
             return logits_BTV
         before = self.head.first_row

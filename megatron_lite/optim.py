@@ -75,7 +75,7 @@ def apex_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
     """apex's FusedAdam as AdamW, with its step count beside each parameter: there torch and our checkpoints have it."""
     from apex.optimizers import FusedAdam
 
-    class ApexAdamW(FusedAdam):  # type: ignore[misc]
+    class ApexAdamW(FusedAdam):
         def step(self, closure: Any = None) -> None:
             for group in self.param_groups:
                 known = [self.state[p]["step"] for p in group["params"] if self.state.get(p)]

@@ -1,33 +1,25 @@
-"""One training run: build, resume, THE loop, evaluate, save. A proxy and the 1B model go through the same lines."""
+"""One training run: THE loop, its metrics and its result. A proxy and the 1B model go through the same lines."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_lite import checkpoint, resume, tally
-from megatron_lite.config import Config, config_hash, dump, to_dict
-from megatron_lite.data.loader import BlendedLoader, EvalSet
-from megatron_lite.data.megatron_order import MegatronOptions
+from megatron_lite import resume, tally
+from megatron_lite.config import Config, config_hash, to_dict
 from megatron_lite.data.mixture import Mixture
-from megatron_lite.engine import Engine, build_engine, choose_kernels, optim_names
 from megatron_lite.evaluate import EvalResult, evaluate, flatten
-from megatron_lite.files import atomic_write, atomic_write_json, folder_lock
+from megatron_lite.files import atomic_write_json, folder_lock
 from megatron_lite.mesh import Mesh
-from megatron_lite.metrics import Metrics, Stopwatch
+from megatron_lite.metrics import Stopwatch
 from megatron_lite.optim import learning_rate
-from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
+from megatron_lite.plan import peak_flops
 from megatron_lite.process import collect_garbage, manual_gc, stop_signal, use_cpu
-from megatron_lite.shape import DEFAULT_VOCAB_SIZE
-from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_shapes
-from megatron_lite.weights import initial_weights
+from megatron_lite.run import Run, build, load_mixture, resolve, save
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 
@@ -55,23 +47,6 @@ class Preempted(SystemExit):
         self.step = step
 
 
-@dataclass
-class Run:
-    """Everything the loop touches, built once."""
-
-    config: Config
-    mixture: Mixture
-    plan: Plan
-    mesh: Mesh
-    loader: BlendedLoader
-    eval_sets: list[EvalSet]
-    engine: Engine
-    saver: checkpoint.Saver
-    metrics: Metrics | None = None  # rank 0 only
-    step: int = 0  # optimizer steps completed; consumed samples follow from it
-    allowed: list[Any] = dataclasses.field(default_factory=list)  # what changed at resumes, for the record
-
-
 def train(config: Config, mixture: Mixture | None = None) -> RunResult:
     """Trains one model on one mixture and evaluates it; resumes by itself where ``checkpoint.resume`` says so.
 
@@ -89,6 +64,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
             assert done is not None
             return done
         run = build(config, mixture, mesh, loader, plan)
+        report(run, plan.total_steps, "to draw")
         start = time.perf_counter()
         try:
             with stop_signal() as stop, manual_gc():
@@ -102,79 +78,6 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
         if mesh.is_main:
             atomic_write_json(config.run_dir / "result.json", dataclasses.asdict(result))
     return result
-
-
-def load_mixture(config: Config) -> Mixture:
-    """The mixture that the config names."""
-    if config.mixture is None:
-        raise ValueError("no mixture: pass --mixture FILE, or set mixture: in the config")
-    return Mixture.load(config.mixture, config.data.data_dir)
-
-
-def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader, Plan]:
-    """Opens the shards and works out the plan; every cross-check of config, data and launch happens here."""
-    grad_accum_steps(config, mesh.dp_size)  # refuses batch sizes before any shard is opened
-    loader = BlendedLoader(
-        mixture,
-        seq_length=config.data.seq_length,
-        seed=config.seed,
-        global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-        vocab_size=config.model.vocab_size or DEFAULT_VOCAB_SIZE,  # where no sidecar says
-        sample_order=config.data.sample_order,
-        reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
-        eod_mask_loss=config.data.eod_mask_loss,
-        megatron=megatron_options(config),
-    )
-    vocab_size = loader.meta.vocab_size if loader.meta else None
-    deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
-    plan = Plan.resolve(config, mesh.size, vocab_size, mesh.device.type == "cuda", deepspeed)
-    for phase in config.phases:
-        first_step = -(-phase.from_tokens // plan.tokens_per_step)
-        loader.change_mixture(first_step, Mixture.load(phase.mixture, config.data.data_dir))
-    asked = config.schedule.total_tokens // config.data.seq_length  # samples, not rounded to steps
-    tally.check_epochs(loader, asked)
-    return loader, plan
-
-
-def megatron_options(config: Config) -> MegatronOptions | None:
-    """What Megatron-Core's order depends on, where that is asked for: the run's length too."""
-    data, given = config.data, (config.data.split, config.data.mid_level_dataset_surplus)
-    if data.sample_order == "megatron":
-        return MegatronOptions(-(-config.schedule.total_tokens // data.seq_length), *given)
-    if given != (None, None):
-        raise ValueError(
-            "data.split and data.mid_level_dataset_surplus are for data.sample_order=megatron: remove them"
-        )
-    return None
-
-
-def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, plan: Plan) -> Run:
-    """Model, optimizer, evaluation sets; the newest checkpoint loaded; the run folder begun."""
-    sets = [
-        EvalSet(name, prefixes, loader.seq_length, config.eval.max_tokens, loader.micro_batch_size, loader.options)
-        for name, prefixes in loader.valid.items()
-    ]
-    saver = checkpoint.Saver(config.run_dir, config.checkpoint.keep, config.checkpoint.async_save)
-    kernels = choose_kernels(config, mesh.device)
-    run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver)
-    load(run)
-    if mesh.is_main:
-        run_dir = config.run_dir
-        run.metrics = Metrics(config, plan.total_steps, run.step)
-        atomic_write(run_dir / "config.yaml", dump(config))
-        mixture.save(run_dir / "mixture.yaml")
-        atomic_write_json(run_dir / "plan.json", plan.to_dict())
-        if config.log.console:
-            new = f"new run from {config.init_from}" if config.init_from else "new run"
-            print(
-                f"{config.name}: {f'resumed at step {run.step}' if run.step else new}\n{plan.table()}\n  kernels     {kernels}"
-            )
-    report(run, plan.total_steps, "to draw")
-    return run
 
 
 def report(run: Run, steps: int, what: str) -> None:
@@ -240,41 +143,6 @@ def non_finite(run: Run, grad_norm: float) -> FloatingPointError:
         f"step {run.step + 1}: the gradient norm is {grad_norm}, and nothing of this step is saved. "
         f"It was computed from samples {samples}; lower optim.lr={run.config.optim.lr}, or look at the data there"
     )
-
-
-def save(run: Run) -> None:
-    """Writes a checkpoint: gathering is for every rank, writing for rank 0."""
-    module, tp = run.engine.module, run.mesh.tp
-    optim, model = run.engine.state_dict(), {}
-    if run.mesh.dp_rank == 0:  # the other data-parallel ranks hold the same
-        model = gather_whole(dict(module.named_parameters()), module, tp)
-        optim = gather_whole(optim, module, tp)
-    if run.mesh.is_main:
-        state = resume.record(run.config, run.loader, run.plan, run.step, run.allowed)
-        run.saver.save(run.step, model, optim, state)
-    run.mesh.barrier()
-
-
-def load(run: Run) -> None:
-    """Resumes from the newest verified checkpoint, or begins with the weights of init_from."""
-    path, run.step, run.allowed = resume.find(run.config, run.loader, run.mesh)
-    module = run.engine.module
-    cut = slicer(module, run.mesh.tp)
-    if path is not None:
-        params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
-        put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
-    elif run.config.init_from:
-        whole = initial_weights(run.config.init_from, run.plan.shape)
-        fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module).items()}
-        put(run, {name: cut(name, tensor) for name, tensor in whole.items()}, fresh)
-
-
-def put(run: Run, params: dict[str, Tensor], optim: dict[str, Tensor]) -> None:
-    """This rank's slices of the weights, and then of the optimizer state, into the engine."""
-    with torch.no_grad():
-        for name, param in run.engine.module.named_parameters():
-            param.copy_(params[name])
-    run.engine.load_state_dict(optim)
 
 
 def finished(config: Config, run_hash: str) -> RunResult | None:

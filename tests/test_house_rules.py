@@ -25,6 +25,7 @@ ORDER = """
     model optim
     engine checkpoint evaluate metrics hf speed
     weights resume
+    run
     train
     testing __init__
 """  # a room imports only rooms above it

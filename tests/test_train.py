@@ -22,8 +22,9 @@ from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import read_jsonl
 from megatron_lite.model import GPT
 from megatron_lite.process import manual_gc
+from megatron_lite.run import resolve
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
-from megatron_lite.train import resolve, train
+from megatron_lite.train import train
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_200_steps.json"
 

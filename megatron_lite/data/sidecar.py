@@ -168,9 +168,9 @@ def _problems(raw: dict[str, Any], text: bytes) -> Iterator[str]:
     for key in ("tokenizer_sha256", "dtype"):
         if not isinstance(raw.get(key), str):
             yield f"{key} is {raw.get(key)!r}, expected text"
-    if layout := raw.get("layout"):
-        if not isinstance(layout, dict) or {k: type(v).__name__ for k, v in layout.items()} != KINDS:
-            yield f"layout does not hold what version {VERSION} has in it"
+    layout = raw.get("layout") or {}
+    if layout and (not isinstance(layout, dict) or {k: type(v).__name__ for k, v in layout.items()} != KINDS):
+        yield f"layout does not hold what version {VERSION} has in it"
 
 
 def write_meta(prefix: str | os.PathLike[str], meta: ShardMeta) -> None:

@@ -314,5 +314,5 @@ def test_a_run_resumes_in_megatrons_order_and_not_in_another(tmp_path):
         allow = f"checkpoint.allow_change=[{change.partition('=')[0]}]"
         with pytest.raises(ValueError, match=f"(?s){key}: .*no flag allows it: its order follows from the length"):
             train(tiny_config(tmp_path / "run", order, every, change, allow), mixture)
-    with pytest.raises(ValueError, match="data.split and .* are for data.sample_order=megatron"):
+    with pytest.raises(ValueError, match=r"data.split and .* are for data.sample_order=megatron"):
         train(tiny_config(tmp_path / "other", order, "data.sample_order=documents"), mixture)

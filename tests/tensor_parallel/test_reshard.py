@@ -13,8 +13,9 @@ from megatron_lite.config import ParallelConfig
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import read_jsonl
+from megatron_lite.run import build, resolve, save
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
-from megatron_lite.train import build, resolve, save, train
+from megatron_lite.train import train
 
 ODD = ["model.vocab_size=67", "checkpoint={every: 5, keep: 9}"]  # the shards have 64 tokens; 67 is padded to 128
 TP2 = ["parallel.tensor_parallel_size=2"]
