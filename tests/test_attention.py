@@ -1,11 +1,15 @@
 """Document masks: what one document says changes no bit of another, and a packed row is its documents one by one."""
 
+import dataclasses
 import itertools
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from megatron_lite.attention import Documents
+from megatron_lite.attention import Documents, causal_attention, choose_attention, packed, varlen_kernel
 from megatron_lite.config import ModelConfig
 from megatron_lite.model import GPT
 from megatron_lite.shape import resolve_shape
@@ -58,3 +62,87 @@ def test_each_document_option_reaches_training_and_validation(tmp_path, key):
     untrained = [f"data.{key}={value}" for value in ("false", "true")]
     at_start = [train(tiny_config(tmp_path / v[-4:], v, "optim.lr=0", "schedule.min_lr=0"), mixture) for v in untrained]
     assert at_start[0].losses != at_start[1].losses, "validation sees the option as training does"
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The definition: softmax under a mask of all pairs, key and value heads repeated."""
+    place = torch.bucketize(torch.arange(48), torch.tensor(STARTS), right=True).view(2, 24)
+    allowed = (place[:, :, None] == place[:, None, :]).tril()[:, None]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def heads(groups: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(groups)
+    sizes = [(2, count, 24, 8) for count in (4, groups, groups)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def varlen(q, k, v, cu_seqlens, _, longest, __, *, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn does, document by document."""
+    assert longest == 17 and window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
+    assert cu_seqlens.dtype == torch.int32
+    pieces = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in itertools.pairwise(cu_seqlens.tolist())]
+    options = {"is_causal": True, "enable_gqa": enable_gqa}
+    return torch.cat([F.scaled_dot_product_attention(*piece, **options).transpose(0, 1) for piece in pieces])
+
+
+def flash_varlen(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, causal):
+    """flash_attn.flash_attn_varlen_func: grouped heads by themselves."""
+    assert causal
+    return varlen(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, window_size=(-1, 0),
+                  enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+
+
+def old_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    """The signature of torch 2.10: no grouped heads."""
+    raise AssertionError("not to be called")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("backend", ["document by document", "torch", "flash-attn 2"])
+def test_every_way_through_documents_is_the_masked_softmax(monkeypatch, groups, backend):
+    documents = dataclasses.replace(DOCUMENTS, max_seqlen=17)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen if backend == "torch" else old_varlen)
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_varlen
+    monkeypatch.setitem(sys.modules, "flash_attn", module if backend == "flash-attn 2" else None)
+    inputs, kernel = heads(groups), varlen_kernel()
+    assert (kernel is None) == (backend == "document by document")
+    out = packed(*inputs, documents, kernel) if kernel else causal_attention(*inputs, documents)
+    expected = masked(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    grads, wanted = (torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-11)
+
+
+def test_flash_is_refused_by_name_where_there_is_none():
+    cpu = torch.device("cpu")
+    assert choose_attention("auto", cpu) == choose_attention("sdpa", cpu) == "PyTorch's SDPA"
+    with pytest.raises(ValueError, match=r"attention: flash cannot be had \(cpu here is no GPU.*set attention: auto"):
+        choose_attention("flash", cpu)
+
+
+@pytest.mark.parametrize(("major", "tried"), [(8, []), (9, ["FA3", "FA4"]), (10, ["FA4"])])
+@pytest.mark.parametrize("error", [None, ModuleNotFoundError("no flash_attn_interface"), RuntimeError("no kernel")])
+def test_the_best_flash_attention_is_activated_once_or_warned_of(monkeypatch, recwarn, major, tried, error):
+    seen = []
+
+    def activate(name):
+        seen.append(name)
+        if error:
+            raise error
+
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activate)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (major, 0))
+    chosen = choose_attention("auto", torch.device("cuda"))
+    assert seen == (tried if error else tried[:1])
+    worked = tried and not error
+    assert chosen == (f"SDPA with FlashAttention {tried[0][2:]}" if worked else "PyTorch's SDPA")
+    assert len(recwarn) == (len(tried) if isinstance(error, RuntimeError) else 0)
+    if not worked:
+        with pytest.raises(ValueError, match="FA4: no" if tried else "no GPU from Hopper on"):
+            choose_attention("flash", torch.device("cuda"))

@@ -1,10 +1,18 @@
 """The loss kernel against plain cross-entropy, chunk by chunk and block by block; optimizer and allocator choices."""
 
+import platform
+import subprocess
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import megatron_lite.tensor_parallel.loss as loss_module
+from megatron_lite.config import OptimConfig
+from megatron_lite.engine.torch_engine import moments, set_moments
+from megatron_lite.optim import adamw_name, apex_adamw, build_optimizer, param_groups
 from megatron_lite.tensor_parallel.loss import VocabRows, token_losses, weighted_loss
 
 ROWS, HIDDEN, VOCAB = 11, 8, 30
@@ -115,3 +123,89 @@ def test_a_vocabulary_spread_over_ranks_gives_the_same_loss_and_gradients():
     for i, expected in ((2, grad_h), (3, grad_w)):
         total = sum(torch.tensor(rank[i], dtype=torch.float64) for rank in ranks)
         assert (total - expected).norm() <= 1e-13 * expected.norm()
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """apex's, as its optimizers/fused_adam.py has it: one step count a group, and state only for the moments."""
+
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
+                 weight_decay=0.0, amsgrad=False, set_grad_none=True):  # fmt: skip
+        assert adam_w_mode
+        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
+        super().__init__(params, defaults | {"weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (b1, b2), t = group["betas"], group["step"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                m, v = state["exp_avg"], state["exp_avg_sq"]
+                m.lerp_(p.grad, 1 - b1)
+                v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + group["eps"])
+                p.sub_(group["lr"] * (update + group["weight_decay"] * p))
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """NVIDIA's apex, as far as it is used here."""
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+
+def test_apex_steps_as_torch_does_and_resumes_at_its_step_count(apex):
+    config = OptimConfig(lr=1e-2)
+
+    def steps(build, cut):
+        model = torch.nn.Linear(5, 7)
+        with torch.no_grad():
+            [p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p)) for p in model.parameters()]
+        optimizer = build(param_groups(model, 0.1), config)
+        for step in range(6):
+            if step == cut:
+                state = {name: tensor.clone() for name, tensor in moments(model, optimizer).items()}
+                assert state["step"] == cut
+                optimizer = build(param_groups(model, 0.1), config)
+                set_moments(model, optimizer, state)
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    expected = steps(build_optimizer, None)
+    for cut in (None, 3):
+        for got, want in zip(steps(apex_adamw, cut), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_apex_is_taken_on_a_gpu_and_pypis_apex_never(apex, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (adamw_name(gpu), adamw_name(cpu)) == ("apex's FusedAdam", "torch's fused AdamW")
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    assert adamw_name(gpu) == "torch's fused AdamW"
+
+
+def test_freed_memory_is_kept_where_the_c_library_is_glibc():
+    code = """
+import resource, torch
+from megatron_lite.process import use_cpu
+USE
+torch.set_num_threads(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(16 << 20)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", code.replace("USE", use)], text=True))
+        for use in ("", "use_cpu(1)")
+    ]
+    if platform.libc_ver()[0] == "glibc":
+        assert faults[1] < faults[0] / 2
