@@ -48,6 +48,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelShape, tp: TensorParallel) -> None:
         super().__init__()
+        assert shape.num_kv_heads % tp.size == 0, f"{shape.num_kv_heads} key/value heads on {tp.size} ranks"
         self.heads = (shape.num_heads // tp.size, shape.num_kv_heads // tp.size)
         self.head_dim = shape.head_dim
         q, kv = shape.num_heads * self.head_dim, shape.num_kv_heads * self.head_dim

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_lite.data.mixture import Mixture
 from megatron_lite.data.sidecar import ShardMeta, write_meta
 
 TINY_VOCAB = 64
+TIMEOUT_S = 300  # for all ranks of run_distributed together; a busy machine needs minutes to start eight
 TINY_MODEL = (
     "model={num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 48}",
     "data.seq_length=16",
@@ -66,34 +69,42 @@ def _write_shard(prefix: Path, documents: list[np.ndarray[Any, Any]]) -> None:
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Calls ``fn(*args)`` on ``world_size`` spawned ranks with the environment that torchrun sets; returns by rank.
 
-    ``fn`` is a module-level function. A rank's exception is raised here with its own traceback as the message.
+    ``fn`` is a module-level function. A rank's exception is raised here with its own traceback as the message; so is
+    a rank that dies without one, or has not answered after TIMEOUT_S.
     """
     context = mp.get_context("spawn")
-    queue, read = context.Queue(), context.Event()
+    answers, read = context.Queue(), context.Event()
     port = _free_port()
     ranks = [
-        context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, queue, read), daemon=True)
+        context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, answers, read), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
+    results: dict[int, Any] = {}
     try:
-        results: dict[int, Any] = {}
-        for _ in ranks:
-            rank, ok, value = queue.get(timeout=120)
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(results) < world_size:
+            try:
+                rank, ok, value = answers.get(timeout=2)
+            except queue.Empty:
+                codes = {rank: ranks[rank].exitcode for rank in range(world_size) if rank not in results}
+                if time.monotonic() > deadline or any(code is not None for code in codes.values()):
+                    raise AssertionError(f"no answer from these ranks (None: still running): {codes}") from None
+                continue
             if not ok:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value
     finally:
         read.set()
         for process in ranks:
-            process.join(timeout=10)
+            process.join(timeout=10 if len(results) == world_size else 0)
             process.kill()
     return [results[rank] for rank in range(world_size)]
 
 
 def _rank_main(
-    fn: Callable[..., Any], args: Sequence[Any], rank: int, size: int, port: int, queue: Any, read: Any
+    fn: Callable[..., Any], args: Sequence[Any], rank: int, size: int, port: int, answers: Any, read: Any
 ) -> None:
     import torch
 
@@ -101,9 +112,9 @@ def _rank_main(
     os.environ.update({k: str(v) for k, v in env.items()})
     torch.set_num_threads(1)
     try:
-        queue.put((rank, True, fn(*args)))
+        answers.put((rank, True, fn(*args)))
     except BaseException:
-        queue.put((rank, False, traceback.format_exc()))
+        answers.put((rank, False, traceback.format_exc()))
     read.wait(60)  # tensors in a result live in this process's memory until they are read
 
 

@@ -119,9 +119,8 @@ def hundred_steps(tp: TensorParallel, kind: str) -> tuple[list[float], list[floa
     return losses, norms, {n: p.detach() for n, p in model.named_parameters()}
 
 
-def chunked(tp: TensorParallel) -> float:
+def chunked(shape: ModelShape, tp: TensorParallel) -> float:
     """Largest gradient difference between the loss in one piece and in chunks of 200 tokens."""
-    shape = shape_of(vocab_size=96)
     _, _, whole, _ = one_step(shape, tp, "fp32")
     whole_chunk = loss_module.CHUNK["cpu"]
     loss_module.CHUNK["cpu"] = 200 * 96 // tp.size
@@ -136,11 +135,11 @@ def compare(sequence_parallel: bool, kinds: list[str], steps: list[str]) -> dict
     size = dist.get_world_size() if dist.is_initialized() else Mesh.from_env().size
     mesh = Mesh.from_env(ParallelConfig(size, sequence_parallel))
     tp, out = mesh.tp, {}
+    heads = {"num_heads": 16, "num_kv_heads": 8} if size == 8 else {}
     for kind in kinds:
         for case, sizes in CASES.items():
-            heads = {"num_heads": 16, "num_kv_heads": 8} if size == 8 else {}
             out[kind, case] = difference(shape_of(**{**sizes, **heads}), tp, kind)
-    out["chunked"] = chunked(tp)
+    out["chunked"] = chunked(shape_of(vocab_size=96, **heads), tp)
     out["cross-entropy"] = {
         (str(dtype), vocab, offset): cross_entropy(tp, dtype, vocab, offset)
         for dtype in (torch.float32, torch.float64)

@@ -37,6 +37,12 @@ def test_join_undoes_slice_and_every_element_is_held_once(size, parts, missing, 
     assert torch.equal(held[held > 0].sort().values, whole.flatten()), "each element on one rank, the rest is zeros"
 
 
+def test_a_model_is_not_built_with_heads_that_ranks_cannot_share():
+    shape = resolve_shape(ModelConfig(hidden_size=64, num_heads=8, num_kv_heads=4), 16, 97)
+    with pytest.raises(AssertionError, match="4 key/value heads on 8 ranks"):
+        GPT(shape, 3, ranks(8)[0])
+
+
 def test_a_rank_holds_whole_heads_of_each_kind():
     q, k, v = 4, 2, 2  # heads of width 3
     packed = torch.cat([torch.full((3,), i) for i in range(q + k + v)])[:, None]
