@@ -99,17 +99,21 @@ def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
             micro_batches = run.loader.step(run.step)
         local_tokens = torch.stack([b.loss_mask_BT.sum(dtype=torch.float64) for b in micro_batches]).sum()
         num_loss_tokens = mesh.sum(local_tokens.to(mesh.device)).item()
-        loss_sum = engine.forward_backward(micro_batches, num_loss_tokens)
+        last = run.step + 1 == plan.total_steps
+        logged = last or (run.step + 1) % config.log.every == 0
+        names = run.loader.names
+        by_domain = torch.zeros(2, len(names), dtype=torch.float64, device=mesh.device) if logged else None
+        loss_sum = engine.forward_backward(micro_batches, num_loss_tokens, by_domain)
         lr = learning_rate(run.step, plan.total_steps, config.optim.lr, config.schedule)
         stats = engine.step(lr)
         if stats.skipped:
             raise non_finite(run, stats.grad_norm)
         run.step += 1
 
-        last = run.step == plan.total_steps
-        if last or run.step % config.log.every == 0:
-            loss = (mesh.sum(loss_sum.double()) / num_loss_tokens).item()
-            values = {"train/loss": loss, "train/lr": lr, "train/grad_norm": stats.grad_norm}
+        if by_domain is not None:
+            loss, *sums = mesh.sum(torch.cat((loss_sum.double().view(1), by_domain.flatten()))).tolist()
+            values = {"train/loss": loss / num_loss_tokens, "train/lr": lr, "train/grad_norm": stats.grad_norm}
+            values |= {f"train/loss/{n}": s / t for n, s, t in zip(names, sums, sums[len(names) :], strict=False) if t}
             log(run, values | watch.lap(plan.tokens_per_step, mesh.device))
         if last or (config.eval.every and run.step % config.eval.every == 0):
             results = evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)

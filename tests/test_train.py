@@ -289,6 +289,9 @@ def test_tensorboard_mirrors_metrics_jsonl(tmp_path, mixture):
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     mirrored = {e.step: e.value for e in events.Scalars("train/loss")}
     assert mirrored == pytest.approx(losses(tmp_path / "run"))
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    by_domain = {e.step: e.value for e in events.Scalars("train/loss/a")}
+    assert by_domain == pytest.approx({r["step"]: r["train/loss/a"] for r in rows if "train/loss/a" in r})
     assert [e.step for e in events.Scalars("valid/a/bpb")] == [10]
 
 

@@ -34,8 +34,13 @@ class Engine(Protocol):
     forward: nn.Module  # what evaluation calls: (tokens, labels) -> per-token losses
     autocast: torch.autocast  # the compute type
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
-        """Accumulates gradients of sum(loss * mask) / num_loss_tokens (the global count); returns the local sum."""
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], num_loss_tokens: float, by_domain: Tensor | None = None
+    ) -> Tensor:
+        """Accumulates gradients of sum(loss * mask) / num_loss_tokens (the global count); returns the local sum.
+
+        ``by_domain`` [2, domains], fp64 on the model's device: each domain's part of that sum and its tokens are added.
+        """
 
     def step(self, lr: float) -> StepStats:
         """Clips, updates at ``lr`` and zeroes gradients; an update with a non-finite norm is left out."""

@@ -58,12 +58,14 @@ class DeepSpeedEngine:
             mpu=MegatronUnit(mesh) if mesh.tp.size > 1 else None,
         )
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], num_loss_tokens: float, by_domain: Tensor | None = None
+    ) -> Tensor:
         """DeepSpeed averages gradients over ranks as DDP does; its own accumulation scaling is switched off."""
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = summed_loss(self.engine, batch, self.mesh.device, self.autocast)
+            loss = summed_loss(self.engine, batch, self.mesh.device, self.autocast, by_domain)
             self.engine.backward(loss * (self.mesh.dp_size / num_loss_tokens), scale_wrt_gas=False)
             total += loss.detach()
         return total

@@ -42,12 +42,14 @@ class TorchEngine:
             self.optimizer = build_optimizer(param_groups(self.module, config.optim.weight_decay), config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_loss_tokens: float) -> Tensor:
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], num_loss_tokens: float, by_domain: Tensor | None = None
+    ) -> Tensor:
         """DDP averages over ranks, hence the factor ``dp_size``: what is left is the sum over the global count."""
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
             with self._no_sync(last=i == len(micro_batches) - 1):
-                loss = summed_loss(self.ddp, batch, self.mesh.device, self.autocast)
+                loss = summed_loss(self.ddp, batch, self.mesh.device, self.autocast, by_domain)
                 (loss * (self.mesh.dp_size / num_loss_tokens)).backward()
             total += loss.detach()
         return total
@@ -82,13 +84,20 @@ class TorchEngine:
         return cast(DistributedDataParallel, self.ddp).no_sync()  # ranks reduce once a step, in the last micro-batch
 
 
-def summed_loss(model: nn.Module, batch: Batch, device: torch.device, autocast: torch.autocast) -> Tensor:
-    """sum(loss * mask) of one micro-batch in nats, fp32, with its graph."""
+def summed_loss(
+    model: nn.Module, batch: Batch, device: torch.device, autocast: torch.autocast, by_domain: Tensor | None
+) -> Tensor:
+    """sum(loss * mask) of one micro-batch in nats, fp32, with its graph; for ``by_domain`` see Engine."""
     tokens_BT, labels_BT, mask_BT = (
         x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
     )
     with autocast:
-        loss, _ = model(tokens_BT, labels_BT, mask_BT, Documents.of(batch, device))
+        loss, losses_BT = model(tokens_BT, labels_BT, mask_BT, Documents.of(batch, device))
+    if by_domain is not None:
+        sums_2B = torch.stack((losses_BT * mask_BT.double(), mask_BT)).sum(-1)
+        domains_D = torch.arange(by_domain.shape[1], device=device)
+        # a product, because index_add_ on a GPU adds in any order, and a resumed run writes the same lines to the bit
+        by_domain += sums_2B @ (batch.domain_B.to(device)[:, None] == domains_D).double()
     return cast(Tensor, loss)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig
 from megatron_lite.optim import build_optimizer, param_groups
+from megatron_lite.tensor_parallel.collectives import all_gather_single
 
 BUCKET = 1 << 26  # elements sent at once: 256 MiB of fp32 on its way, whatever the model's size
 
@@ -39,7 +40,7 @@ class ZeroAdamW:
         for bucket in _buckets(self.slices):
             sent = torch.cat([self._padded(self.slices[param].detach(), param) for param in bucket])
             received = sent.new_empty(self.size * len(sent))
-            dist.all_gather_into_tensor(received, sent, group=self.group)  # each sends its pieces, receives all pieces
+            all_gather_single(received, sent, group=self.group)  # each sends its pieces, receives all pieces
             widths = [self._width(param) for param in bucket]
             for param, pieces in zip(bucket, received.view(self.size, -1).split(widths, dim=1), strict=True):
                 param.view(-1).copy_(pieces.reshape(-1)[: param.numel()])
@@ -58,7 +59,7 @@ class ZeroAdamW:
                 piece = state.get(moment, torch.zeros_like(self.slices[param]))
                 received = piece.new_empty(self.size * self._width(param))
                 # each rank sends its piece of this moment and receives the whole
-                dist.all_gather_into_tensor(received, self._padded(piece, param), group=self.group)
+                all_gather_single(received, self._padded(piece, param), group=self.group)
                 out[f"{moment}/{name}"] = received[: param.numel()].view(param.shape)
         return out
 
