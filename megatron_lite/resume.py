@@ -18,10 +18,11 @@ from megatron_lite.schema import nearest
 
 # A resumed run may differ in these; in anything else it would be another run. What `mixture` and `phases` name is in
 # the loader's state.
-FREE = {"name", "out_dir", "mixture", "phases", "engine", "compile", "attention", "threads", "eval"} | {
-    *("checkpoint", "log", "parallel")
+FREE = {
+    *("name", "out_dir", "mixture", "phases", "engine", "compile", "attention", "threads", "eval", "checkpoint", "log"),
+    *("parallel", "activation_checkpointing"),
 }
-FREE |= {"activation_checkpointing"}
+IN_LOADER = {"data_dir", "split", "mid_level_dataset_surplus"}  # of `data`: the loader's state has what they lead to
 NEVER = {  # what a resumed run may not change, and what to do instead
     "tokenizer": "the same ids would mean other text to a half-trained model: tokenise with the old tokenizer",
     "batch.global_batch_size": "a step is counted in it, and so is all that follows from the step: keep it, and change "
@@ -36,7 +37,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config dict that decides what is computed."""
     kept = {k: v for k, v in config.items() if k not in FREE}
     kept["batch"] = {"global_batch_size": config["batch"]["global_batch_size"]}  # the micro-batch is only a split
-    kept["data"] = {k: v for k, v in config["data"].items() if k != "data_dir"}  # the shards are in the loader's state
+    kept["data"] = {k: v for k, v in config["data"].items() if k not in IN_LOADER}
     return kept
 
 
