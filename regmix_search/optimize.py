@@ -11,7 +11,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
-from regmix_search.fits import Target, fit_chosen, target_weights
+from regmix_search.fits import Target, fit_chosen
+from regmix_search.goals import parse_goal
 from regmix_search.space import FloatArray, Space, bound, draw_mixtures
 from regmix_search.surrogates import SmoothSurrogate, Surrogate, build_surrogate
 from regmix_search.tables import Runs
@@ -180,7 +181,7 @@ def find_optimum(
             f"space.json has domains {list(space.domains)}, the runs {list(runs.domains)}: same names and order"
         )
     target = fit["target"] if target is None else target
-    terms = {name: share for name, share in target_weights(target, fit["targets"]).items() if share > 0}
+    terms = parse_goal(target, fit["targets"]).shares
     train = runs.select(fit["train_index"])
     models = {name: fit_chosen(runs, fit, name) for name in fit["targets"]}
     objective = Objective(tuple((share, models[name]) for name, share in terms.items()))

@@ -3,10 +3,12 @@
     python -m regmix_search.run --config configs/search/demo.yaml
     python -m regmix_search.run --config configs/search/demo.yaml --dry-run
     python -m regmix_search.run --config configs/search/demo.yaml --stage proxies --set mixtures.count=128
-    python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target pile_cc --out DIR
+    python -m regmix_search.run --stage fit --mixtures M.csv --losses L.csv --target pile_cc --out DIR --json
+    python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target mean --out DIR
 
 Every stage may be interrupted and run again: what is finished is never repeated, and a stage whose inputs have not
-changed does nothing. The last form needs no training and no shards: it works from RegMix's two CSV files.
+changed does nothing. The last two forms need no training and no shards: they work from RegMix's two CSV files, Olmix's
+ratios.csv and metrics.csv, or another search's trials.jsonl.
 
 Exit codes: 0 done, 2 a mistake in settings or data, 130 interrupted (the same command goes on from there).
 """
@@ -27,10 +29,17 @@ from megatron_lite.files import atomic_write, folder_lock
 from megatron_lite.plan import duration
 from regmix_search import retrain, sources, stages
 from regmix_search.config import SearchConfig, load_search
-from regmix_search.freshness import Outcome, Stage, bring_up_to_date
+from regmix_search.freshness import Outcome, Stage, bring_up_to_date, read_json
 from regmix_search.ledger import check_fingerprint
 from regmix_search.search import Search
 
+TABLES = (
+    ("--mixtures", "CSV", "weights: index,train_<domain>,... (RegMix), run,<domain>,... (Olmix), or a trials.jsonl"),
+    ("--losses", "CSV", "losses: index,metric/<name>_val_loss,... or run,<metric>,...; not with a trials.jsonl"),
+    ("--test-mixtures", "CSV", "runs that are only scored, never fitted"),
+    ("--test-losses", "CSV", "their losses"),
+    ("--space", "JSON", "prior, caps and tokens: a search's space.json"),
+)
 ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "train", "report")
 
 
@@ -43,23 +52,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", metavar="NAME", help="NAME.yaml beside the config instead of it, e.g. smoke")
     parser.add_argument("--stage", choices=("all", *ORDER), default="all", help="run one stage (default: all)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
-    parser.add_argument("--out", metavar="DIR", help="the search's folder; the same as --set out_dir=DIR")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, tokens, FLOPs and time, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML, and stop")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the messages go to stderr")
     tables = parser.add_argument_group("fit and optimize without training")
-    tables.add_argument("--mixtures", metavar="CSV", type=Path, help="index,train_<domain>,... (RegMix's format)")
-    tables.add_argument("--losses", metavar="CSV", type=Path, help="index,metric/<name>_val_loss,... (RegMix's format)")
-    tables.add_argument("--target", metavar="NAME", help="loss to minimise; the same as --set fit.target=NAME")
-    tables.add_argument(
-        "--space", metavar="JSON", type=Path, help="prior and caps: {domains, tokens, prior, caps, ...}"
-    )
+    for flag, metavar, text in TABLES:
+        tables.add_argument(flag, metavar=metavar, type=Path, help=text)
+    tables.add_argument("--limit", metavar="N", type=int, help="fit on N of the runs, drawn by the seed")
+    short = parser.add_argument_group("short for a key")
+    short.add_argument("--target", metavar="NAME", help="fit.target: a loss, a=0.5,b=0.5, mean or worst (of all)")
+    short.add_argument("--surrogate", metavar="NAME", help="fit.surrogates: one name, or auto to choose among all")
+    short.add_argument("--seed", metavar="S", type=int, help="seed")
+    short.add_argument("--out", metavar="DIR", help="out_dir, the search's folder")
     return parser
 
 
 def read_config(args: argparse.Namespace) -> SearchConfig:
     """--config or --preset, then --set, then the flags that are short for a key."""
-    flags = {"out_dir": args.out, "fit.target": args.target}
+    flags = {"out_dir": args.out, "fit.target": args.target, "seed": args.seed}
+    if args.surrogate is not None:
+        flags["fit.surrogates"] = [] if args.surrogate == "auto" else [args.surrogate]
     overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return load_search(args.config, args.preset, tuple(overrides))
 
@@ -105,7 +117,7 @@ def _run(search: Search, args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with folder_lock(search.out):
         builders = _builders(search, args)
-        if not (args.mixtures or args.losses):
+        if not args.mixtures:
             # before anything is made anew: shards of other text would be of no use to the trials that are there
             check_fingerprint(search.out / "trials.jsonl", stages.settings(search.config))
         atomic_write(search.out / "config.yaml", dump(search.config))
@@ -115,13 +127,13 @@ def _run(search: Search, args: argparse.Namespace) -> int:
     where = f"report in {report}" if report.is_file() else f"results in {search.out}"
     search.say(f"{search.config.name}: {duration(seconds)}, {where}")
     if args.json:
-        print(json.dumps(_summary(search, outcomes, seconds)))
+        print(json.dumps(_summary(search, args, outcomes, seconds)))
     return 0
 
 
 def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
     """What the command line asks for, in order."""
-    if args.mixtures or args.losses or args.space:
+    if args.mixtures or args.losses or args.space or args.test_mixtures or args.test_losses or args.limit is not None:
         return _table_builders(search, args)
     build: dict[str, Callable[[Search], Stage | None]] = {
         "corpus": sources.corpus,
@@ -139,23 +151,34 @@ def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Sta
 
 
 def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
-    if args.stage not in ("fit", "optimize") or not (args.mixtures and args.losses):
+    ledger = args.mixtures is not None and args.mixtures.suffix == ".jsonl"
+    if args.stage not in ("fit", "optimize") or not args.mixtures or not (args.losses or ledger):
         raise ValueError("--mixtures and --losses go together, with --stage fit or --stage optimize")
+    if bool(args.test_mixtures) != bool(args.test_losses) and (args.test_mixtures or Path()).suffix != ".jsonl":
+        raise ValueError("--test-mixtures and --test-losses go together")
     if not (args.out or args.config):
         raise ValueError("--mixtures: name a folder for the results with --out DIR")
-    from regmix_search import solution
+    if not (args.target or args.config or any(s.startswith("fit.target=") for s in args.set)):
+        raise ValueError("--target: name the loss to minimise (or mean, worst, a=0.5,b=0.5)")
+    from regmix_search import study
 
-    fit = [lambda: solution.fit_tables(search.config, args.mixtures, args.losses)]
+    files = study.StudyFiles(args.mixtures, args.losses, args.test_mixtures, args.test_losses, args.limit, args.space)
+    fit = [lambda: study.fit_stage(search.config, files)]
     if args.stage == "fit":
         return [*fit]
-    return [*fit, lambda: solution.optimize_tables(search.config, args.mixtures, args.losses, args.space)]
+    return [*fit, lambda: study.optimize_stage(search.config, files)]
 
 
-def _summary(search: Search, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    """What --json prints."""
+def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
+    """What --json prints: about a fit from tables its scores, about an optimum all of optimum.json and the scores."""
     done = [{"stage": o.stage, "ran": o.ran, "seconds": round(o.seconds, 3), "summary": o.summary} for o in outcomes]
     made = {name: str(search.out / name) for name in ("mixture.yaml", "optimum.json", "fit.json", "report.html")}
     files = {name: path for name, path in made.items() if Path(path).is_file()}
+    if args.mixtures:
+        scores = read_json(search.out / "fit.json")["summary"]
+        if args.stage == "fit":
+            return {**scores, "files": files}
+        return {**read_json(search.out / "optimum.json"), "fit": scores, "seconds": seconds, "files": files}
     return {"name": search.config.name, "out_dir": str(search.out), "seconds": seconds, "stages": done, "files": files}
 
 

@@ -1,21 +1,18 @@
-"""From finished runs to fit.json, optimum.json and mixture.yaml; with shards or from two CSV files alone."""
+"""From finished runs to fit.json and optimum.json: what both a search and a study of tables do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
-from megatron_lite.files import atomic_write, atomic_write_json
+from megatron_lite.files import atomic_write_json
 from regmix_search.config import SearchConfig
-from regmix_search.fits import fit_targets, split_holdout
-from regmix_search.freshness import Stage, digest, read_json
+from regmix_search.fits import fit_targets
+from regmix_search.freshness import digest, read_json
 from regmix_search.optimize import find_optimum
-from regmix_search.space import Space, unlimited_space
+from regmix_search.space import Space
 from regmix_search.surrogates import SURROGATES
-from regmix_search.tables import Runs, read_runs
+from regmix_search.tables import Runs
 
 
 def fit_runs(out: Path, runs: Runs, held: list[int], config: SearchConfig) -> str:
@@ -57,42 +54,6 @@ def provenance(config: SearchConfig, optimum: dict[str, Any], fit_path: Path) ->
 
 def _names(target: str | dict[str, float]) -> list[str]:
     return [target] if isinstance(target, str) else list(target)
-
-
-def fit_tables(config: SearchConfig, mixtures: Path, losses: Path) -> Stage:
-    """Stage fit from two CSV files in RegMix's format; an eighth of the runs is held back, mixtures.holdout at most."""
-    out = config.run_dir
-
-    def make() -> str:
-        runs = read_runs(mixtures, losses)
-        held = split_holdout(runs, min(config.mixtures.holdout, len(runs.index) // 8), config.seed)
-        return fit_runs(out, runs, list(held), config)
-
-    inputs = {"mixtures": digest(mixtures, "mixtures"), "losses": digest(losses, "proxies"), "seed": config.seed}
-    inputs |= {"target": config.fit.target, "surrogates": config.fit.surrogates, "folds": config.fit.folds}
-    return Stage("fit", {**inputs, "holdout": config.mixtures.holdout}, (out / "fit.json",), make)
-
-
-def optimize_tables(config: SearchConfig, mixtures: Path, losses: Path, space_file: Path | None) -> Stage:
-    """Stage optimize from two CSV files. space_file: a space.json with prior and caps; without one the prior is the
-    mean of the mixtures and nothing is capped."""
-    out = config.run_dir
-
-    def make() -> str:
-        runs = read_runs(mixtures, losses)
-        centre = dict(zip(runs.domains, np.mean(runs.weights, axis=0).tolist(), strict=True))
-        space = Space.from_json(read_json(space_file)) if space_file else unlimited_space(runs.domains, centre)
-        optimum, text = solve_runs(out, space, runs, config)
-        train = {f"train_{domain}": weight for domain, weight in optimum["weights"].items()}
-        facts = provenance(config, optimum, out / "fit.json")
-        content = {"version": 1, "train": train, "epochs": optimum["epochs"], "provenance": facts}
-        atomic_write(out / "mixture.yaml", yaml.safe_dump(content, sort_keys=False))
-        return text
-
-    inputs = {"mixtures": digest(mixtures, "mixtures"), "losses": digest(losses, "proxies"), "seed": config.seed}
-    inputs |= {"fit": digest(out / "fit.json", "fit"), "minimum": config.mixtures.minimum}
-    inputs["space"] = digest(space_file, "mixtures") if space_file else None
-    return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)
 
 
 def _holdout_words(holdout: dict[str, Any]) -> str:

@@ -1,0 +1,224 @@
+"""Fit and optimize from tables of finished runs, whoever trained them: no shards, no training.
+
+`fit_stage` and `optimize_stage` are what `--stage fit` and `--stage optimize` do with --mixtures and --losses;
+`read_study`, `study_fit` and `optimize.find_optimum` are the same in Python.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_lite.files import atomic_write, atomic_write_json
+from regmix_search.config import SearchConfig
+from regmix_search.fits import fit_chosen, fit_targets
+from regmix_search.freshness import Stage, digest, read_json
+from regmix_search.goals import Goal, parse_goal
+from regmix_search.solution import provenance, solve_runs
+from regmix_search.space import FloatArray, Space, unlimited_space
+from regmix_search.surrogates import SURROGATES, build_surrogate, group_mixtures, score
+from regmix_search.tables import Runs, read_ledger, read_runs
+
+BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
+COVERAGE = 0.9
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """The files and rows that a study reads."""
+
+    mixtures: Path  # RegMix's or Olmix's weights, or a ledger (trials.jsonl)
+    losses: Path | None = None  # not needed with a ledger
+    test_mixtures: Path | None = None  # runs that only score
+    test_losses: Path | None = None
+    limit: int | None = None  # fit on this many runs, drawn by the seed
+    space: Path | None = None  # space.json: prior, caps, tokens
+
+    def digests(self) -> dict[str, Any]:
+        """What the results depend on, as JSON."""
+        return {name: digest(value, name) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def read_study(files: StudyFiles, seed: int = 0) -> tuple[Runs, Runs | None]:
+    """(runs to fit on, test runs or None). ValueError for broken tables and for tests of other domains or losses."""
+    runs, test = _read(files.mixtures, files.losses)
+    if files.test_mixtures:
+        test, _ = _read(files.test_mixtures, files.test_losses)
+    if test is not None:
+        _check_same("domains", files, runs.domains, test.domains)
+        test = Runs(test.index, runs.domains, _reorder(test, runs.domains), test.losses)
+    return draw_runs(runs, files.limit, seed), test
+
+
+def draw_runs(runs: Runs, limit: int | None, seed: int) -> Runs:
+    """`limit` of the runs: the first of a permutation seeded by `seed`. All of them when limit is None."""
+    if limit is None:
+        return runs
+    if not 2 <= limit <= len(runs.index):
+        raise ValueError(f"--limit {limit}: there are {len(runs.index)} runs; ask for 2 to {len(runs.index)}")
+    picks = np.random.default_rng(seed).permutation(len(runs.index))[:limit]
+    return runs.select(runs.index[i] for i in picks)
+
+
+def check_study(runs: Runs, names: Sequence[str], fixed: Sequence[str] = ()) -> None:
+    """ValueError for a domain that never varies (unless it is `fixed`), or for fewer runs than a model needs."""
+    for name in names:
+        build_surrogate(name)  # refuses unknown names
+    still = np.ptp(runs.weights, axis=0) < 1e-9
+    idle = [f"{d} (always {w:.4g})" for d, w, s in zip(runs.domains, runs.weights[0], still, strict=True) if s]
+    idle = [text for text in idle if text.split(" ")[0] not in fixed]
+    if idle:
+        raise ValueError(
+            f"domains that never vary in these {len(runs.index)} runs: {', '.join(idle)}. Nothing can be said about "
+            "them: use runs in which they do, remove a column of zeros, or fix them (--set optimum.bounds='[NAME=W]')"
+        )
+    n, k = int(group_mixtures(runs.weights).max()) + 1, len(runs.domains) - int(still.sum())
+    if n < k + 2:
+        raise ValueError(
+            f"{n} different mixtures for {k} domains: {', '.join(names)} needs at least {k + 2}, better "
+            f"{BETTER_RUNS * k}; add runs, or merge domains"
+        )
+
+
+def study_fit(
+    runs: Runs,
+    target: str | Mapping[str, float] | Goal,
+    surrogates: Sequence[str] = (),
+    test: Runs | None = None,
+    seed: int = 0,
+    folds: int = 5,
+    extra: Sequence[str] = (),
+    fixed: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of fit.json, with `summary` as --json prints it; surrogates empty: chosen by cross-validation.
+
+    Each loss of the target is fitted by itself (the mean fitted directly is far worse); extra: losses to fit beside.
+    """
+    names, start = tuple(surrogates) or SURROGATES, time.perf_counter()
+    check_study(runs, names, fixed)
+    goal = parse_goal(target, runs.losses)
+    wanted = [*goal.shares, *(name for name in extra if name not in goal.shares)]
+    fit = fit_targets(runs, goal.shares, wanted, names=names, seed=seed, folds=folds)
+    fit["target"] = goal.to_json()
+    seconds = time.perf_counter() - start
+    fit["summary"] = summarise(fit, goal, runs, test, seconds)
+    return fit
+
+
+def summarise(fit: Mapping[str, Any], goal: Goal, runs: Runs, test: Runs | None, seconds: float) -> dict[str, Any]:
+    """What --json prints about a fit: correlations in -1..1, squared errors in nats^2, regret in nats."""
+    entries = {name: fit["targets"][name] for name in goal.shares}
+    chosen = {name: entry["chosen"] for name, entry in entries.items()}
+    true = goal.of({name: entry["true"] for name, entry in entries.items()})
+    predicted = goal.of({name: entry["cv_predicted"] for name, entry in entries.items()})
+    scores = score(predicted, true)
+    result: dict[str, Any] = {
+        "surrogate": chosen[next(iter(chosen))] if len(set(chosen.values())) == 1 else chosen,
+        "target": goal.to_json(),
+        "n_train": fit["n_train"],
+        "cv": {key: scores[key] for key in ("spearman", "pearson", "mse")} | {"coverage90": coverage(predicted, true)},
+        "test": None,
+        "seconds": round(seconds, 3),
+        "why": {name: entry["why"] for name, entry in entries.items()},
+        "warnings": fit["warnings"],
+    }
+    if test is not None and test.index:
+        found = goal.of({name: fit_chosen(runs, fit, name).predict(test.weights) for name in goal.shares})
+        result["test"] = judge(found, goal.of({name: _column(test, name) for name in goal.shares}))
+    return result
+
+
+def judge(predicted: FloatArray, true: FloatArray) -> dict[str, float]:
+    """Scores of predictions [n]; regret_at_1: loss of the run that is predicted best, above the best run's."""
+    scores = score(predicted, true)
+    regret = float(true[int(np.argmin(predicted))] - true.min())
+    return {key: scores[key] for key in ("spearman", "pearson", "mse")} | {"regret_at_1": regret}
+
+
+def coverage(predicted: FloatArray, true: FloatArray) -> float:
+    """Share of runs inside prediction +- the 90 % quantile of the *other* runs' out-of-fold errors (CV+, Barber 2021).
+
+    predicted [n] are out of fold, so that no run has a say in its own interval.
+    """
+    errors = np.abs(predicted - true)
+    rank = min(int(np.ceil(COVERAGE * len(errors))), len(errors) - 1) - 1  # of the n - 1 others
+    inside = [error <= np.sort(np.delete(errors, i))[rank] for i, error in enumerate(errors)]
+    return float(np.mean(inside))
+
+
+def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:
+    """fit.json from tables. Nothing is held back: what is not in --test-mixtures is fitted and cross-validated."""
+    out = config.run_dir
+
+    def make() -> str:
+        runs, test = read_study(files, config.seed)
+        fit = study_fit(runs, config.fit.target, config.fit.surrogates, test, config.seed, config.fit.folds)
+        atomic_write_json(out / "fit.json", fit)
+        return describe(fit["summary"])
+
+    inputs = {**files.digests(), "seed": config.seed, **asdict(config.fit)}
+    return Stage("fit", inputs, (out / "fit.json",), make)
+
+
+def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
+    """optimum.json and mixture.yaml. Without a space.json the prior is the mean mixture and nothing is capped."""
+    out = config.run_dir
+
+    def make() -> str:
+        runs, _ = read_study(files, config.seed)
+        centre = dict(zip(runs.domains, np.mean(runs.weights, axis=0).tolist(), strict=True))
+        space = Space.from_json(read_json(files.space)) if files.space else unlimited_space(runs.domains, centre)
+        optimum, text = solve_runs(out, space, runs, config)
+        train = {f"train_{domain}": weight for domain, weight in optimum["weights"].items()}
+        facts = provenance(config, optimum, out / "fit.json")
+        content = {"version": 1, "train": train, "epochs": optimum["epochs"], "provenance": facts}
+        atomic_write(out / "mixture.yaml", yaml.safe_dump(content, sort_keys=False))
+        return text
+
+    inputs = {**files.digests(), "seed": config.seed, "minimum": config.mixtures.minimum}
+    inputs["fit"] = digest(out / "fit.json", "fit")
+    return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """A summary in a few lines, for people."""
+    cv, test = summary["cv"], summary["test"]
+    names = summary["surrogate"] if isinstance(summary["surrogate"], str) else "one surrogate a loss"
+    text = f"{summary['target']}: {names} on {summary['n_train']} runs, cross-validated Spearman {cv['spearman']:.4f}, "
+    text += f"MSE {cv['mse']:.3g}, 90 % intervals cover {cv['coverage90']:.0%}"
+    if test is not None:
+        text += f"; test runs: Spearman {test['spearman']:.4f}, regret {test['regret_at_1']:.4f} nats"
+    why = [f"\n  {why}" for why in summary["why"].values()] if len(summary["why"]) == 1 else []
+    return "".join([text, *why, *(f"\n  warning: {warning}" for warning in summary["warnings"])])
+
+
+def _read(mixtures: Path, losses: Path | None) -> tuple[Runs, Runs | None]:
+    if mixtures.suffix == ".jsonl":
+        if losses is not None:
+            raise ValueError(f"{mixtures} is a ledger and has the losses too: leave {losses} out")
+        runs, held = read_ledger(mixtures)
+        return runs, held if held.index else None
+    if losses is None:
+        raise ValueError(f"{mixtures}: name the table of losses as well; only a ledger (trials.jsonl) has both")
+    return read_runs(mixtures, losses), None
+
+
+def _check_same(what: str, files: StudyFiles, here: Sequence[str], there: Sequence[str]) -> None:
+    if odd := sorted(set(here) ^ set(there)):
+        raise ValueError(f"{files.test_mixtures or files.mixtures}: {what} {', '.join(odd)} are not in both tables")
+
+
+def _reorder(runs: Runs, domains: Sequence[str]) -> FloatArray:
+    return runs.weights[:, [runs.domains.index(domain) for domain in domains]]
+
+
+def _column(test: Runs, name: str) -> FloatArray:
+    if name not in test.losses:
+        raise ValueError(f"the test runs have no loss {name!r}; they have {', '.join(test.losses)}")
+    return test.losses[name]
