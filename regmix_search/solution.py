@@ -9,13 +9,14 @@ from megatron_lite.files import atomic_write_json
 from regmix_search.config import SearchConfig
 from regmix_search.fits import fit_targets
 from regmix_search.freshness import digest, read_json
+from regmix_search.goals import parse_goal
 from regmix_search.optimize import find_optimum
 from regmix_search.space import Space
 from regmix_search.surrogates import SURROGATES
 from regmix_search.tables import Runs
 
 
-def fit_runs(out: Path, runs: Runs, held: list[int], config: SearchConfig) -> str:
+def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> str:
     """Writes fit.json and says what it found. held: indices of runs that neither fit nor choice may see."""
     fit = fit_targets(
         runs,
@@ -44,16 +45,11 @@ def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tup
 def provenance(config: SearchConfig, optimum: dict[str, Any], fit_path: Path) -> dict[str, Any]:
     """What mixture.yaml says about where its weights come from; losses in nats per token of a proxy."""
     fit = read_json(fit_path)
-    chosen = {
-        target: entry["chosen"] for target, entry in fit["targets"].items() if target in _names(optimum["target"])
-    }
+    terms = parse_goal(optimum["target"], fit["targets"]).shares
+    chosen = {target: fit["targets"][target]["chosen"] for target in terms}
     facts = {key: optimum[key] for key in ("target", "objective", "interval90", "inside_sampled_region")}
     made = {"made_by": "regmix_search", "search": config.name, "seed": config.seed, "fit": digest(fit_path, "fit")}
     return {**made, "proxies": fit["n_train"], "held_back": fit["n_holdout"], "surrogate": chosen, **facts}
-
-
-def _names(target: str | dict[str, float]) -> list[str]:
-    return [target] if isinstance(target, str) else list(target)
 
 
 def _holdout_words(holdout: dict[str, Any]) -> str:

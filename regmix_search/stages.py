@@ -61,7 +61,7 @@ def plan_trials(search: Search) -> list[Trial]:
     kinds = [kind for kind, count in shares for _ in range(count)]
     seeds = [search.config.seed + 1 + i if kind == "repeat" else search.config.seed for i, kind in enumerate(kinds)]
     weights = [dict(zip(domains, row, strict=True)) for row in rows.tolist()]
-    return [Trial(*facts) for facts in zip(index, kinds, weights, seeds, strict=True)]
+    return [Trial(*facts) for facts in zip(map(int, index), kinds, weights, seeds, strict=True)]
 
 
 def settings(config: SearchConfig) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def fit(search: Search) -> Stage:
 
         runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
         finished = replay(out / "trials.jsonl").finished
-        held = [i for i in runs.index if finished.get(i, {}).get("kind") == "holdout"]
+        held = [i for i in runs.index if finished.get(int(i), {}).get("kind") == "holdout"]
         return fit_runs(out, runs, held, search.config)
 
     inputs = {**dataclasses.asdict(search.config.fit), "seed": search.config.seed}
