@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
     parser.add_argument("--mixture", help="mixture.yaml, in our format or RegMix's")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="A.B=C", help="override keys; repeatable"
+    )
     parser.add_argument("--resume", help="auto (newest complete checkpoint), never, or a step_* folder")
     parser.add_argument(
         "--allow-change",

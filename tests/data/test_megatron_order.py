@@ -312,7 +312,7 @@ def test_a_run_resumes_in_megatrons_order_and_not_in_another(tmp_path):
     assert train(run, mixture).losses == whole.losses
     for change in ("data.split=8,2,0", "schedule.total_tokens=2560"):
         allow = "checkpoint.allow_change=[schedule.total_tokens]"
-        with pytest.raises(ValueError, match="(?s)megatron: .*no flag allows it: its order follows from the length"):
+        with pytest.raises(ValueError, match=r"(?s)megatron: .*no flag allows it: its order follows from the length"):
             train(tiny_config(tmp_path / "run", order, every, change, allow), mixture)
     with pytest.raises(ValueError, match=r"data.split and .* are for data.sample_order=megatron"):
         train(tiny_config(tmp_path / "other", order, "data.sample_order=documents"), mixture)
