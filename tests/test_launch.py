@@ -183,8 +183,8 @@ def test_dry_run_prints_every_number_and_starts_nothing(files):
 
 
 def test_print_config_round_trips(files, tmp_path):
-    done = start([sys.executable, SCRIPT, "--print-config", "--set", "optim.lr=1e-3"])
-    assert done.returncode == 0 and "lr: 0.001" in done.stdout
+    done = start([sys.executable, SCRIPT, "--print-config", "--set", "optim.lr=1e-3", "seed=3"])
+    assert done.returncode == 0 and "lr: 0.001" in done.stdout and "seed: 3" in done.stdout
     (tmp_path / "again.yaml").write_text(done.stdout)
     assert (
         start([sys.executable, SCRIPT, "--print-config", "--config", str(tmp_path / "again.yaml")]).stdout
