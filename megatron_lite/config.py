@@ -46,6 +46,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None  # Llama 3.1's long-context frequencies; null: plain RoPE
     norm_eps: float = 1e-5  # RMSNorm epsilon, inside the square root
     tie_embeddings: bool = False  # share the input embedding with the output head
+    mup_base_width: int | None = None  # muP: hidden_size at which optim.lr was tuned; null: standard parametrisation
 
 
 @dataclass(frozen=True)

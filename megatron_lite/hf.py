@@ -72,7 +72,7 @@ def export_hf(
         raise ValueError(
             f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}: it was not trained on it"
         )
-    shape = dataclasses.replace(shape, vocab_size=vocab_size)
+    tensors, shape = fold_multipliers(tensors, dataclasses.replace(shape, vocab_size=vocab_size))
     rounded = {n: t[:vocab_size] if n in _TABLES else t for n, t in tensors.items()}
     rounded = {n: t.detach().cpu().to(DTYPES[dtype]) for n, t in rounded.items()}
     temp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -96,6 +96,18 @@ def export_hf(
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return difference
+
+
+def fold_multipliers(tensors: Mapping[str, Tensor], shape: ModelShape) -> tuple[dict[str, Tensor], ModelShape]:
+    """The same function in the standard parametrisation: muP's attention scale goes into q, 1 / width into the norm."""
+    out = dict(tensors)
+    for name in out if shape.mup_base_width else ():
+        if name.endswith("attention.qkv.weight"):
+            q, kv = out[name].tensor_split([shape.hidden_size])
+            out[name] = torch.cat((q * shape.attention_multiplier, kv))
+        elif name == "norm.weight":
+            out[name] = out[name] / shape.mup_width
+    return out, dataclasses.replace(shape, mup_base_width=None)
 
 
 def verify_export(

@@ -33,14 +33,16 @@ from megatron_lite.tensor_parallel.shards import slice_whole, whole_shape
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float, tp: TensorParallel) -> None:
+    def __init__(self, size: int, eps: float, tp: TensorParallel, multiplier: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.tp = eps, tp
+        self.eps, self.tp, self.multiplier = eps, tp, multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; the dtype is kept."""
-        return F.rms_norm(x, (x.shape[-1],), replicated(self.weight, self.tp).to(x.dtype), self.eps)
+        weight = replicated(self.weight, self.tp)
+        weight = weight if self.multiplier == 1 else weight * self.multiplier
+        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -112,13 +114,14 @@ class GPT(nn.Module):
         self.shape, self.tp, self.recompute = shape, tp or TensorParallel(), recompute
         self.embedding = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, self.tp)
         self.blocks = nn.ModuleList(Block(shape, self.tp) for _ in range(shape.num_layers))
-        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps, self.tp)
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps, self.tp, 1 / shape.mup_width)  # muP's output multiplier
         self.head = VocabParallelHead(shape.vocab_size, shape.hidden_size, self.tp)
         if shape.tie_embeddings:
             self.head.weight = self.embedding.weight
         cos_TK, sin_TK = rope_tables(shape.seq_length, shape.head_dim, shape.rope_theta, "cpu", shape.rope_scaling)
-        self.register_buffer("cos_TK", cos_TK, persistent=False)
-        self.register_buffer("sin_TK", sin_TK, persistent=False)
+        both = math.sqrt(shape.attention_multiplier)  # queries and keys are rotated by the same tables
+        self.register_buffer("cos_TK", cos_TK * both, persistent=False)
+        self.register_buffer("sin_TK", sin_TK * both, persistent=False)
         init_params(self, seed)
 
     def hidden(self, tokens_BT: Tensor, documents: Documents = WHOLE_ROWS) -> Tensor:
@@ -170,7 +173,8 @@ def init_params(model: GPT, seed: int) -> None:
     """TinyLlama's initialisation: N(0, 2/(5D)); projections into the residual stream N(0, 1/(D L^2)); norms at 1.
 
     Each tensor is drawn whole from a generator of (seed, its name) and then cut, so that a model's start does not
-    depend on order, rank or tensor-parallel size.
+    depend on order, rank or tensor-parallel size. Under muP the embedding keeps its deviation at the base width and a
+    head of its own starts at zero (Yang et al. 2022, Tensor Programs V, table 8 and D.2); the rest is muP's as it is.
     """
     shape = model.shape
     std = math.sqrt(2 / (5 * shape.hidden_size))
@@ -181,5 +185,7 @@ def init_params(model: GPT, seed: int) -> None:
         into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
         whole, generator = torch.empty(whole_shape(param)), init_generator(seed, name)
         whole.normal_(0.0, residual_std if into_residual else std, generator=generator)
+        if shape.mup_base_width and not name.startswith("blocks."):
+            whole *= 0.0 if name == "head.weight" else math.sqrt(shape.mup_width)
         with torch.no_grad():
             param.copy_(slice_whole(whole, param, model.tp))

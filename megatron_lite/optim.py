@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig, ScheduleConfig
 from megatron_lite.mesh import TensorParallel
@@ -39,13 +39,37 @@ def schedule_table(total_steps: int, lr: float, schedule: ScheduleConfig) -> lis
     return [(step, learning_rate(step - 1, total_steps, lr, schedule)) for step in steps]
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices (the embedding included, as in TinyLlama) decay, norms do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+def param_groups(model: nn.Module, weight_decay: float, hidden_lr_scale: float | None = None) -> list[dict[str, Any]]:
+    """Two groups: matrices (the embedding included, as in TinyLlama) decay, norms do not.
+
+    With ``hidden_lr_scale`` three: first the blocks' matrices, at that part of lr and with the same decay in a step.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = {name: p for name, p in named if hidden_lr_scale and is_hidden(name, p)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if p.dim() >= 2 and name not in hidden], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if hidden_lr_scale:
+        entry = {"weight_decay": weight_decay / hidden_lr_scale, "lr_scale": hidden_lr_scale}
+        groups.insert(0, {"params": list(hidden.values()), **entry})
+    return groups
+
+
+def is_hidden(name: str, param: Tensor) -> bool:
+    """Whether a parameter of GPT is a matrix of its blocks: both of its sizes grow with the width."""
+    return name.startswith("blocks.") and param.dim() == 2
+
+
+def hidden_lr_scale(mup_width: float) -> float | None:
+    """Learning rate of the blocks' matrices over the others' (Yang et al. 2022, table 8); None: no group of their own."""
+    return None if mup_width == 1 else 1 / mup_width
+
+
+def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
+    """Sets ``lr`` on optimizer groups, times the scale that muP gives a group."""
+    for group in groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

@@ -77,11 +77,9 @@ class Plan:
         split = f"dp {self.dp_size} x {tp}accumulation {self.grad_accum_steps}"
         rows_held = padded_vocab_size(s.vocab_size, self.tp_size)
         vocab = f"vocab {s.vocab_size:,}" + (f" (padded to {rows_held:,})" if rows_held > s.vocab_size else "")
+        mup = f", muP: lr tuned at width {s.mup_base_width}" if s.mup_base_width else ""
         rows = [
-            (
-                "model",
-                f"{s.num_layers} layers x {s.hidden_size}, {heads}, ffn {s.ffn_hidden_size}, {vocab}",
-            ),
+            ("model", f"{s.num_layers} layers x {s.hidden_size}, {heads}, ffn {s.ffn_hidden_size}, {vocab}{mup}"),
             ("parameters", f"{self.params:,} ({self.non_embedding_params:,} without embeddings)"),
             ("batch", f"{self.tokens_per_step:,} tokens a step = {split}, sequences of {s.seq_length:,}"),
             ("budget", f"{self.total_steps:,} steps, {self.total_tokens:,} tokens"),

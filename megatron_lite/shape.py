@@ -7,6 +7,7 @@ many weights. Its 120M and 280M differ in the vocabulary alone, which configs/mo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_lite.config import ModelConfig, RopeScaling
@@ -43,11 +44,22 @@ class ModelShape:
     norm_eps: float
     tie_embeddings: bool
     rope_scaling: RopeScaling | None = None
+    mup_base_width: int | None = None
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def mup_width(self) -> float:
+        """Hidden size in units of ``mup_base_width``; 1 under the standard parametrisation."""
+        return self.hidden_size / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def attention_multiplier(self) -> float:
+        """Of attention logits, over 1 / sqrt(K). muP: 8 / K in all, which is the standard at K = 64 (microsoft/mup)."""
+        return 8 / math.sqrt(self.head_dim) if self.mup_base_width else 1.0
 
     @property
     def body_matmul_params(self) -> int:
@@ -94,6 +106,7 @@ def resolve_shape(config: ModelConfig, seq_length: int, vocab_size: int | None) 
         norm_eps=config.norm_eps,
         tie_embeddings=config.tie_embeddings,
         rope_scaling=config.rope_scaling,
+        mup_base_width=config.mup_base_width,
     )
     _check(shape)
     return shape
@@ -127,6 +140,8 @@ def _check(shape: ModelShape) -> None:
         raise ValueError(f"model: head size {h}/{n}={shape.head_dim} must be even for rotary embeddings")
     if n % kv:
         raise ValueError(f"model.num_heads={n} is not divisible by model.num_kv_heads={kv}")
+    if shape.mup_base_width is not None and shape.mup_base_width < 1:
+        raise ValueError(f"model.mup_base_width={shape.mup_base_width} must be a hidden size, or null")
     scaling = shape.rope_scaling
     if scaling and not (scaling.factor >= 1 and 0 < scaling.low_freq_factor < scaling.high_freq_factor):
         raise ValueError(f"model.rope_scaling={scaling}: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")

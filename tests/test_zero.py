@@ -40,7 +40,7 @@ def sharded_steps(state: dict | None) -> tuple[dict, dict, int]:
     warnings.simplefilter("error", FutureWarning)  # torch 2.13 has another name for a collective of before
     zero.BUCKET = 16  # several collectives, one of them for a parameter above the limit
     mesh, module = Mesh.from_env(), odd_module()
-    optimizer = ZeroAdamW(module, CONFIG, None, mesh.rank, mesh.size)
+    optimizer = ZeroAdamW(module, param_groups(module, CONFIG.weight_decay), CONFIG, None, mesh.rank, mesh.size)
     if state:
         optimizer.set_moments(state)
     for step in range(3):

@@ -21,7 +21,7 @@ from megatron_lite.engine import StepStats
 from megatron_lite.engine.torch_engine import compile_in_place, moments, set_moments, summed_loss
 from megatron_lite.mesh import MegatronUnit, Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, clip_grad_norm, param_groups
+from megatron_lite.optim import build_optimizer, clip_grad_norm, hidden_lr_scale, param_groups, set_learning_rate
 from megatron_lite.plan import Plan
 
 OWNED = {  # DeepSpeed's key: the key of ours that decides it
@@ -47,7 +47,8 @@ class DeepSpeedEngine:
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
-        self.optimizer = build_optimizer(param_groups(self.module, config.optim.weight_decay), config.optim)
+        groups = param_groups(self.module, config.optim.weight_decay, hidden_lr_scale(plan.shape.mup_width))
+        self.optimizer = build_optimizer(groups, config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
         _ensure_process_group(mesh)
         self.engine, *_ = deepspeed.initialize(
@@ -72,8 +73,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> StepStats:
         """See Engine.step. From ZeRO 1 on the norm is known after the update, so a non-finite one is only reported."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
         if self.stage > 0:
             self.engine.step()
             norm = float(self.engine.get_global_grad_norm())

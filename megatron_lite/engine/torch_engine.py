@@ -19,7 +19,7 @@ from megatron_lite.engine import StepStats
 from megatron_lite.engine.zero import ZeroAdamW
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, clip_grad_norm, param_groups
+from megatron_lite.optim import build_optimizer, clip_grad_norm, hidden_lr_scale, param_groups, set_learning_rate
 from megatron_lite.plan import Plan
 
 
@@ -36,10 +36,11 @@ class TorchEngine:
         if mesh.dp_size > 1:
             self.ddp = DistributedDataParallel(self.module, process_group=mesh.dp_group, gradient_as_bucket_view=True)
         self.optimizer: torch.optim.AdamW | ZeroAdamW
+        groups = param_groups(self.module, config.optim.weight_decay, hidden_lr_scale(plan.shape.mup_width))
         if plan.zero_stage and mesh.dp_size > 1:
-            self.optimizer = ZeroAdamW(self.module, config.optim, mesh.dp_group, mesh.dp_rank, mesh.dp_size)
+            self.optimizer = ZeroAdamW(self.module, groups, config.optim, mesh.dp_group, mesh.dp_rank, mesh.dp_size)
         else:
-            self.optimizer = build_optimizer(param_groups(self.module, config.optim.weight_decay), config.optim)
+            self.optimizer = build_optimizer(groups, config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
     def forward_backward(
@@ -59,8 +60,7 @@ class TorchEngine:
         norm = clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
         skipped = not math.isfinite(norm)
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer.param_groups, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepStats(norm, skipped)

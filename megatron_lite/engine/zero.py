@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig
-from megatron_lite.optim import build_optimizer, param_groups
+from megatron_lite.optim import build_optimizer
 from megatron_lite.tensor_parallel.collectives import all_gather_single
 
 BUCKET = 1 << 26  # elements sent at once: 256 MiB of fp32 on its way, whatever the model's size
@@ -22,13 +23,19 @@ class ZeroAdamW:
     whoever owned it would own the model. A slice is a view, so the update happens in the parameter itself.
     """
 
-    def __init__(self, module: nn.Module, config: OptimConfig, group: dist.ProcessGroup | None, rank: int, size: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        config: OptimConfig,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        size: int,
+    ) -> None:
         self.params, self.group, self.rank, self.size = dict(module.named_parameters()), group, rank, size
         self.slices = {param: nn.Parameter(self._mine(param.detach())) for param in self.params.values()}
-        groups = param_groups(module, config.weight_decay)
-        for entry in groups:
-            entry["params"] = [self.slices[param] for param in entry["params"]]
-        self.optimizer = build_optimizer(groups, config)
+        mine = [{**entry, "params": [self.slices[param] for param in entry["params"]]} for entry in groups]
+        self.optimizer = build_optimizer(mine, config)
         self.param_groups = self.optimizer.param_groups
 
     @torch.no_grad()
