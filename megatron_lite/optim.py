@@ -62,7 +62,7 @@ def is_hidden(name: str, param: Tensor) -> bool:
 
 
 def hidden_lr_scale(mup_width: float) -> float | None:
-    """Learning rate of the blocks' matrices over the others' (Yang et al. 2022, table 8); None: no group of their own."""
+    """Learning rate of the blocks' matrices over the others' (Tensor Programs V, table 8); None: they have no group."""
     return None if mup_width == 1 else 1 / mup_width
 
 
