@@ -78,6 +78,20 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class OptimumConfig:
+    """What the weights must obey beyond the caps, and how they are found."""
+
+    bounds: tuple[str, ...] = ()  # a=0.1..0.5, a=0.2 (fixed), a=0 (left out), a+b=..0.6 (together)
+    kl: float = 0.0  # nats of loss for a nat of KL(weights | prior): pulls the weights to the prior (Olmix: 0.05)
+    max_worse: float | None = None  # no loss may be predicted worse than the prior's by more than this; null: no limit
+    pareto: int = 0  # mixtures on the front of the target's losses to solve for; 0: none
+    method: Literal["exact", "simulate"] = "exact"  # solved | the mean of the best simulated mixtures, as in RegMix
+    samples: int = 1_000_000  # simulate: mixtures drawn from Dirichlet(prior) (RegMix)
+    top: int = 100  # simulate: best ones that are averaged (RegMix)
+    bootstraps: int = 20  # refits on resampled runs, for the intervals; 0: none
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The models trained on the result and on its controls."""
 
@@ -103,6 +117,7 @@ class SearchConfig:
     proxies: ProxiesConfig = field(default_factory=ProxiesConfig)  # stage 5: how they run
     proxy: Config = field(default_factory=Config)  # stage 5: what one is, an ordinary training run
     fit: FitConfig = field(default_factory=FitConfig)  # stages 6 and 7
+    optimum: OptimumConfig = field(default_factory=OptimumConfig)  # stage 7
     train: TrainConfig = field(default_factory=TrainConfig)  # stage 8
 
     @property
@@ -149,6 +164,12 @@ def _check(config: SearchConfig, where: str) -> None:
         ("proxies.threads", proxies.threads, 1, math.inf),
         ("proxies.retries", proxies.retries, 0, math.inf),
         ("fit.folds", config.fit.folds, 2, mixtures.count),
+        ("optimum.kl", config.optimum.kl, 0, math.inf),
+        ("optimum.max_worse", config.optimum.max_worse or 0.0, 0, math.inf),
+        ("optimum.pareto", config.optimum.pareto, 0, math.inf),
+        ("optimum.samples", config.optimum.samples, config.optimum.top, math.inf),
+        ("optimum.top", config.optimum.top, 1, math.inf),
+        ("optimum.bootstraps", config.optimum.bootstraps, 0, math.inf),
         ("train.seeds", train.seeds, 1, math.inf),
         ("train.workers", train.workers, 0, math.inf),
         ("target_tokens", config.run_tokens, 1, math.inf),

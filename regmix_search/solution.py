@@ -33,12 +33,16 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
 
 def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tuple[dict[str, Any], str]:
     """Writes optimum.json; returns it, and what it says in a line."""
-    optimum = find_optimum(space, runs, read_json(out / "fit.json"), minimum=config.mixtures.minimum, seed=config.seed)
+    fit, minimum = read_json(out / "fit.json"), config.mixtures.minimum
+    optimum = find_optimum(space, runs, fit, minimum=minimum, seed=config.seed, settings=config.optimum)
     atomic_write_json(out / "optimum.json", optimum)
     largest = sorted(optimum["weights"].items(), key=lambda item: -item[1])
     weights = ", ".join(f"{name} {weight:.1%}" for name, weight in largest if weight >= 0.0005)
     predicted, prior = optimum["objective"]["predicted"], optimum["objective"]["prior"]
     text = f"{weights}; predicted {optimum['target']} loss {predicted:.4f} against the prior's {prior:.4f}"
+    ties, saved = optimum["near_ties"], optimum["gain"]["tokens_saved"]["share"]
+    text += "" if saved is None else f", worth {saved:.0%} of the tokens"
+    text += f"; mixtures up to L1 {ties['farthest']:.2f} away tie with it" if ties["found"] else ""
     return optimum, text + _warned(optimum)
 
 

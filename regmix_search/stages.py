@@ -155,6 +155,7 @@ def optimize(search: Search) -> Stage:
         return text
 
     inputs = {"seed": config.seed, "minimum": config.mixtures.minimum, "shards_dir": str(search.shards_dir)}
+    inputs["optimum"] = dataclasses.asdict(config.optimum)
     for name, made_by in (("fit.json", "fit"), ("space.json", "mixtures"), ("losses.csv", "proxies")):
         inputs[name] = digest(out / name, made_by)
     return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)

@@ -20,6 +20,7 @@ from regmix_search.config import SearchConfig
 from regmix_search.fits import fit_chosen, fit_targets
 from regmix_search.freshness import Stage, digest, read_json
 from regmix_search.goals import Goal, parse_goal
+from regmix_search.region import fixed_domains
 from regmix_search.solution import provenance, solve_runs
 from regmix_search.space import FloatArray, Space, unlimited_space
 from regmix_search.surrogates import SURROGATES, build_surrogate, group_mixtures, score
@@ -158,11 +159,14 @@ def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:
 
     def make() -> str:
         runs, test = read_study(files, config.seed)
-        fit = study_fit(runs, config.fit.target, config.fit.surrogates, test, config.seed, config.fit.folds)
+        extra, fixed = runs.losses if config.optimum.max_worse is not None else (), fixed_domains(config.optimum.bounds)
+        names, folds = config.fit.surrogates, config.fit.folds
+        fit = study_fit(runs, config.fit.target, names, test, config.seed, folds, list(extra), fixed)
         atomic_write_json(out / "fit.json", fit)
         return describe(fit["summary"])
 
     inputs = {**files.digests(), "seed": config.seed, **asdict(config.fit)}
+    inputs |= {"max_worse": config.optimum.max_worse, "bounds": config.optimum.bounds}
     return Stage("fit", inputs, (out / "fit.json",), make)
 
 
@@ -182,7 +186,7 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         return text
 
     inputs = {**files.digests(), "seed": config.seed, "minimum": config.mixtures.minimum}
-    inputs["fit"] = digest(out / "fit.json", "fit")
+    inputs |= {"fit": digest(out / "fit.json", "fit"), "optimum": asdict(config.optimum)}
     return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)
 
 

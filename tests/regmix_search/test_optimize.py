@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from regmix_search.fits import fit_targets
-from regmix_search.optimize import Objective, find_optimum, sampled_region, solve
+from regmix_search.objective import Objective
+from regmix_search.optimize import find_optimum, sampled_region
+from regmix_search.region import Region
+from regmix_search.solver import solve
 from regmix_search.space import Space, bound, build_space
 from regmix_search.surrogates import SmoothSurrogate, build_surrogate
 from regmix_search.tables import Runs
@@ -31,6 +34,10 @@ def planted_runs(n: int = 50, seed: int = 0, noise: float = NOISE, strength: flo
 def space_of(caps: tuple[float, float, float]) -> Space:
     """Token counts that give these caps at one epoch of a million tokens."""
     return build_space({d: round(1e6 * c) for d, c in zip(DOMAINS, caps, strict=True)}, 1_000_000, max_epochs=1)
+
+
+def box(caps: np.ndarray) -> Region:
+    return Region(np.zeros(len(caps)), caps)
 
 
 def grid(caps: np.ndarray, steps: int = 201) -> np.ndarray:
@@ -73,7 +80,7 @@ def test_solutions_obey_caps_sums_and_the_minimum(seed: int) -> None:
     names = [("effective",), ("loglinear",), ("linear",), ("effective", "loglinear")][seed % 4]
     terms = [(1 / len(names), build_surrogate(n).fit(weights, y)) for n, y in zip(names, losses, strict=False)]
     minimum = [2e-4, 0.02][seed % 2]
-    found = solve(Objective(tuple(terms)), caps, bound(np.full(k, 1 / k), caps), weights, minimum)
+    found = solve(Objective(tuple(terms)), box(caps), bound(np.full(k, 1 / k), caps), weights, minimum)
     assert abs(found.sum() - 1) < 1e-12 and np.all(found <= caps + 1e-9)
     positive = found[found > 0]
     assert positive.min() >= minimum * 0.999 or caps[found >= minimum].sum() < 1
@@ -84,7 +91,7 @@ def test_small_weights_stay_where_the_caps_need_them() -> None:
     weights = np.random.default_rng(0).dirichlet(np.ones(3), size=20)
     model = build_surrogate("linear").fit(weights, weights @ [1.0, 2.0, 3.0])
     caps = np.array([0.6, 0.399, 0.001])
-    found = solve(Objective(((1.0, model),)), caps, caps, weights, minimum=0.01)
+    found = solve(Objective(((1.0, model),)), box(caps), caps, weights, minimum=0.01)
     np.testing.assert_allclose(found, caps, atol=1e-12)
 
 
@@ -95,7 +102,7 @@ def test_slsqp_and_the_exact_solution_agree() -> None:
     for caps in CAPS:
         space = space_of(caps)
         exact = model.argmin(space.caps)
-        found = solve(Objective(((0.5, model), (0.5, model))), space.caps, space.prior, runs.weights, minimum=0)
+        found = solve(Objective(((0.5, model), (0.5, model))), box(space.caps), space.prior, runs.weights, minimum=0)
         np.testing.assert_allclose(found, exact, atol=2e-4)
         assert model.predict(found[None])[0] == pytest.approx(model.predict(exact[None])[0], abs=1e-7)
 
@@ -105,11 +112,11 @@ def test_trees_are_simulated_and_stay_under_the_caps(caps: tuple[float, float, f
     runs, space = planted_runs(n=150), space_of(caps)
     model = build_surrogate("lightgbm").fit(runs.weights, runs.losses["a"])
     objective = Objective(((1.0, model),))
-    found = solve(objective, space.caps, space.prior, runs.weights, seed=0)
+    found = solve(objective, box(space.caps), space.prior, runs.weights, seed=0)
     assert abs(found.sum() - 1) < 1e-12 and np.all(found <= space.caps + 1e-9)
     best = objective.predict(grid(space.caps, 101)).min()
     assert objective.at(found) - best < 0.01
-    np.testing.assert_array_equal(found, solve(objective, space.caps, space.prior, runs.weights, seed=0))
+    np.testing.assert_array_equal(found, solve(objective, box(space.caps), space.prior, runs.weights, seed=0))
 
 
 class Slopeless:
@@ -137,7 +144,7 @@ def test_simulation_comes_near_the_exact_optimum_of_ten_domains(seed: int) -> No
     caps = np.minimum(1, rng.uniform(0.1, 0.6, 10))
     exact = law.predict(law.argmin(caps)[None])[0]
     objective = Objective(((1.0, Slopeless(law)),))
-    found = solve(objective, caps, bound(rng.dirichlet(np.ones(10)) + 0.01, caps), weights)
+    found = solve(objective, box(caps), bound(rng.dirichlet(np.ones(10)) + 0.01, caps), weights)
     assert np.all(found <= caps + 1e-9)
     assert exact - 1e-9 <= objective.at(found) < exact + 0.01 * np.std(losses)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from regmix_search.fits import fit_targets
-from regmix_search.optimize import Objective, find_optimum, interval90
+from regmix_search.objective import Objective
+from regmix_search.optimize import find_optimum, interval90
 from regmix_search.space import unlimited_space
 from regmix_search.surrogates import build_surrogate, choose, cross_validate, score
 from regmix_search.tables import Runs, read_runs

@@ -1,0 +1,143 @@
+"""How sure an optimum is: refits on resampled runs, and what they say about losses, weights, gains and near-ties."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regmix_search.objective import Objective
+from regmix_search.region import Region
+from regmix_search.solver import solve
+from regmix_search.space import FloatArray
+from regmix_search.surrogates import build_surrogate
+from regmix_search.tables import Runs
+
+BOOTSTRAPS = 20
+LEVELS = (0.05, 0.95)
+CANDIDATES = 256  # mixtures around the optimum at each distance that near-ties are looked for in
+DISTANCES = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the way from the optimum to a mixture anywhere in the region
+EXAMPLES = 5  # near-ties that are written out, as far from each other as they come
+SHORT_LIST = 32  # of simulated candidates averaged when a refit has no slopes to be solved with
+# Besiroglu et al. 2024 (arXiv 2404.10102) on Hoffmann et al. 2022: loss = E + A / params^a + B / tokens^b
+DATA_B, DATA_POWER = 2085.43, 0.3658
+
+
+@dataclass(frozen=True, eq=False)
+class Refits:
+    """The objective fitted again to runs drawn with replacement."""
+
+    objectives: tuple[Objective, ...]
+
+    def differences(self, mixtures: FloatArray, optimum: FloatArray) -> FloatArray:
+        """Loss of mixtures [m, k] above that of the optimum [k], by each refit: [b, m]."""
+        return np.array([o.predict(mixtures) - o.at(optimum) for o in self.objectives])
+
+
+def refit(objective: Objective, terms: Mapping[str, float], runs: Runs, seed: int, count: int = BOOTSTRAPS) -> Refits:
+    """`count` refits of the objective's terms; ceilings stay as they are."""
+    refits, n = [], len(runs.index)
+    for i in range(count):
+        rows = np.random.default_rng([seed, zlib.crc32(b"bootstrap"), i]).integers(n, size=n)
+        models = [
+            (share, build_surrogate(model.name).fit(runs.weights[rows], runs.losses[target][rows], seed))
+            for (share, model), target in zip(objective.terms, terms, strict=True)
+        ]
+        refits.append(replace(objective, terms=tuple(models)))
+    return Refits(tuple(refits))
+
+
+def loss_intervals(objective: Objective, refits: Refits, residuals: FloatArray, weights: FloatArray) -> FloatArray:
+    """90 % intervals [m, 2] for the loss that runs with these mixtures [m, k] would show, noise of one run included.
+
+    5 % and 95 % quantiles of prediction + (refit on resampled runs - fit) + out-of-fold residual, over all pairs. The
+    residuals hold noise and misfit where runs are; the refits add what the fit itself does not know at `weights`.
+    Both hold some estimation error, so the interval errs wide; it knows nothing of errors outside the sampled region.
+    """
+    centre = objective.predict(weights)
+    shifts = np.array([o.predict(weights) - centre for o in refits.objectives]).reshape(-1, len(weights))
+    if not len(shifts):
+        shifts = np.zeros((1, len(weights)))
+    spread = shifts[:, None, :] + residuals[None, :, None]
+    low, high = np.quantile(spread.reshape(-1, len(weights)), LEVELS, axis=0)
+    return np.stack([centre + low, centre + high], axis=1)
+
+
+def solve_again(refits: Refits, region: Region, prior: FloatArray, near: FloatArray, seed: int) -> FloatArray:
+    """The optimum [b, k] of each refit. Without slopes: the mean of the best of the mixtures `near` [m, k]."""
+    found = []
+    for objective in refits.objectives:
+        if objective.is_smooth:
+            found.append(solve(objective, region, prior, near, seed=seed))
+        else:
+            found.append(near[np.argsort(objective.value(near), kind="stable")[:SHORT_LIST]].mean(axis=0))
+    return np.array(found).reshape(-1, len(prior))
+
+
+def candidates(region: Region, optimum: FloatArray, seed: int) -> FloatArray:
+    """Mixtures of the region near the optimum and farther away."""
+    rng = np.random.default_rng([seed, zlib.crc32(b"ties")])
+    rows = [optimum + step * (region.sample(CANDIDATES, rng) - optimum) for step in DISTANCES]
+    return np.vstack(rows)
+
+
+def tied(refits: Refits, mixtures: FloatArray, optimum: FloatArray) -> npt.NDArray[np.bool_]:
+    """Mixtures [m, k] that the runs cannot tell from the optimum: a twentieth of the refits or more prefers them."""
+    if not refits.objectives:
+        return np.zeros(len(mixtures), dtype=bool)
+    return np.asarray(np.quantile(refits.differences(mixtures, optimum), LEVELS[0], axis=0) <= 0)
+
+
+def near_ties(
+    objective: Objective, refits: Refits, mixtures: FloatArray, optimum: FloatArray, domains: Sequence[str]
+) -> dict[str, Any]:
+    """How far mixtures go that tie with the optimum: range of each weight, largest L1 distance, a few of them."""
+    mine = np.vstack([optimum, mixtures[tied(refits, mixtures, optimum)]])
+    apart = np.abs(mine - optimum).sum(axis=1)
+    loss = objective.predict(mine)
+    picked = [0]
+    for _ in range(min(EXAMPLES, len(mine) - 1)):  # the one farthest from all that were picked
+        gaps = np.abs(mine[:, None] - mine[picked][None]).sum(axis=2).min(axis=1)
+        if gaps.max() < 0.02:
+            break
+        picked.append(int(np.argmax(gaps)))
+    examples = [
+        {"weights": _named(domains, mine[i]), "predicted": float(loss[i]), "distance": float(apart[i])}
+        for i in picked[1:]
+    ]
+    ranges = np.stack([mine.min(axis=0), mine.max(axis=0)], axis=1).tolist()
+    return {
+        "looked_at": len(mixtures),
+        "found": len(mine) - 1,
+        "weights": dict(zip(domains, ranges, strict=True)),
+        "farthest": float(apart.max()),
+        "examples": examples,
+    }
+
+
+def predicted_gain(refits: Refits, optimum: FloatArray, prior: FloatArray, centre: float) -> dict[str, Any]:
+    """Gain over the prior in nats, `centre` by the fit itself, with the 90 % interval that the refits give."""
+    if not refits.objectives:
+        return {"nats": centre, "interval90": [None, None]}
+    low, high = np.quantile(refits.differences(prior[None], optimum)[:, 0], LEVELS).tolist()
+    return {"nats": centre, "interval90": [low, high]}
+
+
+def tokens_saved(gain: float, tokens: int | None) -> dict[str, Any]:
+    """Share of a run's tokens after which the optimum would be where the prior ends, if its gain holds all the way.
+
+    Chinchilla's loss falls by B (d^-b - tokens^-b) from d tokens on; None when the length of the run is not known.
+    """
+    if not tokens:
+        return {"share": None, "why": "the length of the run is not known: set target_tokens"}
+    term = DATA_B * tokens**-DATA_POWER
+    share = 1 - (1 + gain / term) ** (-1 / DATA_POWER) if gain > -term else None
+    return {"share": share, "of_tokens": tokens, "why": "by the data term of Chinchilla's law (Besiroglu et al. 2024)"}
+
+
+def _named(domains: Sequence[str], weights: FloatArray) -> dict[str, float]:
+    return dict(zip(domains, weights.tolist(), strict=True))
