@@ -140,6 +140,7 @@ def optimize(search: Search) -> Stage:
 
     def make() -> str:
         from megatron_lite.data.mixture import Mixture
+        from regmix_search.exports import read_blend, write_exports
         from regmix_search.solution import provenance, solve_runs
         from regmix_search.space import Space
         from regmix_search.tables import read_runs
@@ -152,13 +153,15 @@ def optimize(search: Search) -> Stage:
         valid = list(search.inventory.valid)
         mixture = Mixture.from_weights(optimum["weights"], search.shards_dir, valid, facts, max_epochs=limits)
         dataclasses.replace(mixture, epochs=optimum["epochs"]).save(out / "mixture.yaml")
+        write_exports(read_blend(out / "mixture.yaml", config.run_tokens), out / "exports")
         return text
 
     inputs = {"seed": config.seed, "minimum": config.mixtures.minimum, "shards_dir": str(search.shards_dir)}
     inputs["optimum"] = dataclasses.asdict(config.optimum)
     for name, made_by in (("fit.json", "fit"), ("space.json", "mixtures"), ("losses.csv", "proxies")):
         inputs[name] = digest(out / name, made_by)
-    return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)
+    outputs = (out / "optimum.json", out / "mixture.yaml", out / "exports" / "epochs.csv")
+    return Stage("optimize", inputs, outputs, make)
 
 
 def report(search: Search) -> Stage:

@@ -17,6 +17,7 @@ import yaml
 
 from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.config import SearchConfig
+from regmix_search.exports import name_shards, write_exports
 from regmix_search.fits import fit_chosen, fit_targets
 from regmix_search.freshness import Stage, digest, read_json
 from regmix_search.goals import Goal, parse_goal
@@ -183,11 +184,15 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         facts = provenance(config, optimum, out / "fit.json")
         content = {"version": 1, "train": train, "epochs": optimum["epochs"], "provenance": facts}
         atomic_write(out / "mixture.yaml", yaml.safe_dump(content, sort_keys=False))
+        tokens = {} if space.tokens is None else {name: int(n) for name, n in space.named(space.tokens).items()}
+        where = config.shards.data_dir or ""
+        write_exports(name_shards(optimum["weights"], where, None, tokens, space.target_tokens), out / "exports")
         return text
 
     inputs = {**files.digests(), "seed": config.seed, "minimum": config.mixtures.minimum}
     inputs |= {"fit": digest(out / "fit.json", "fit"), "optimum": asdict(config.optimum)}
-    return Stage("optimize", inputs, (out / "optimum.json", out / "mixture.yaml"), make)
+    outputs = (out / "optimum.json", out / "mixture.yaml", out / "exports" / "epochs.csv")
+    return Stage("optimize", inputs, outputs, make)
 
 
 def describe(summary: Mapping[str, Any]) -> str:
