@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import megatron_lite.model as model_module
 from megatron_lite.attention import Documents, causal_attention, choose_attention, packed, varlen_kernel
 from megatron_lite.config import ModelConfig
 from megatron_lite.model import GPT
@@ -44,6 +45,43 @@ def test_a_packed_document_is_the_document_alone(number):
     start, end = STARTS[number : number + 2]
     alone = hidden(TOKENS.flatten()[None, start:end], Documents())
     torch.testing.assert_close(hidden(TOKENS, DOCUMENTS)[start:end], alone, rtol=1e-5, atol=1e-5)
+
+
+def rotate(x_BHTK: torch.Tensor, places_BT: torch.Tensor) -> torch.Tensor:
+    """Rotary positions by complex numbers, one a pair (i, i + K/2)."""
+    half = x_BHTK.shape[-1] // 2
+    angle = places_BT[:, None, :, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(x_BHTK[..., :half], x_BHTK[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def eager(q_BHTK, k_BGTK, v_BGTK, mask_BTT):
+    """The whole square of scores, and a mask written out."""
+    k, v = (x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], dim=1) for x in (k_BGTK, v_BGTK))
+    scores = (q_BHTK @ k.mT / q_BHTK.shape[-1] ** 0.5).masked_fill(~mask_BTT[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def hidden_and_gradients(model: GPT, documents: Documents) -> list[torch.Tensor]:
+    out = model.hidden(TOKENS, documents)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), [p for n, p in model.named_parameters() if n[0] != "h"])]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+def test_hidden_states_and_gradients_are_those_of_eager_attention(monkeypatch, masked, placed):
+    """Rotary angles know distances alone: behind a document mask, places that are not reset change nothing."""
+    model = GPT(MODEL.shape).double()
+    documents = Documents(DOCUMENTS.position_ids_BT if placed else None, DOCUMENTS.cu_seqlens if masked else None)
+    ours = hidden_and_gradients(model, documents)
+    places = PLACES if placed else torch.arange(24).expand(2, 24)
+    number = torch.bucketize(torch.arange(48), torch.tensor(STARTS), right=True).view(2, 24)
+    mask = torch.ones(24, 24, dtype=torch.bool).tril() & ((number[:, :, None] == number[:, None]) | (not masked))
+    monkeypatch.setattr(model_module, "apply_rope", lambda x, *_: rotate(x, places))
+    monkeypatch.setattr(model_module, "causal_attention", lambda q, k, v, _: eager(q, k, v, mask))
+    for a, b in zip(ours, hidden_and_gradients(model, documents), strict=True):
+        assert (a - b).norm() <= 1e-7 * b.norm()  # the model's angles are rounded to fp32 once
 
 
 def test_a_token_changes_nothing_before_it():

@@ -199,6 +199,19 @@ def test_the_gradient_is_that_of_the_masked_mean(tmp_path, mixture):
         assert (grads[name] - param.grad).norm() <= 1e-5 * param.grad.norm(), name
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05, 50.0])
+def test_what_reaches_adamw_is_clipped_to_the_global_norm(tmp_path, mixture, clip):
+    config = tiny_config(tmp_path / "unused", f"optim.clip_grad={clip}")
+    loader, plan = resolve(config, mixture, Mesh.from_env())
+    engine = TorchEngine(config, plan, Mesh.from_env())
+    engine.forward_backward(loader.step(0), float(plan.tokens_per_step))
+    norm = torch.cat([p.grad.flatten() for p in engine.module.parameters()]).double().norm().item()
+    assert engine.step(1e-3).grad_norm == pytest.approx(norm, rel=1e-6) and 0.05 < norm < 50
+    seen = torch.cat([m.flatten() for n, m in engine.state_dict().items() if n.startswith("exp_avg/")]).norm().item()
+    beta = config.optim.betas[0]  # the first moment after one step is (1 - beta) times the gradient
+    assert seen / (1 - beta) == pytest.approx(0.05 if clip == 0.05 else norm, rel=1e-4)
+
+
 def trained(folder: str, overrides: list[str]) -> dict[int, float]:
     config = tiny_config(Path(folder) / "run", *overrides)
     train(config, Mixture.load(Path(folder) / "mixture.yaml"))
