@@ -119,26 +119,6 @@ def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_deepspeed_with_tensor_parallelism_trains_resumes_and_hands_over(files, reference, stage):
-    pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
-    name = f"deepspeed-tp-{stage}"
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "4", "--master_port", free_port(), SCRIPT]
-    parallel = f"parallel={{tensor_parallel_size: 2, sequence_parallel: true, zero_stage: {stage}}}"
-    extra = ["--set", "checkpoint.every=5", "--set"]
-    done = start([*launcher, *arguments(files, name, *extra, parallel)])
-    check(done, files, name, reference)
-    for command in ([*launcher, *arguments(files, name, *extra, parallel)], [sys.executable, SCRIPT,
-        *arguments(files, name, *extra, "engine=torch")]):  # fmt: skip
-        for file in (files / name / "step_0000010").iterdir():
-            file.unlink()
-        (files / name / "result.json").unlink()
-        done = start(command)
-        assert "resumed at step 5" in done.stdout
-        check(done, files, name, reference)
-
-
-@pytest.mark.slow
 def test_deepspeed_offloads_the_optimizer_and_draws_the_same_curve(files, reference):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
     offload = "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"

@@ -113,15 +113,15 @@ def test_engine_follows_the_launcher_only_when_auto():
 def test_learning_rate_table():
     cosine = ScheduleConfig(warmup_steps=10, decay="cosine", min_lr=0.1)
     rates = [learning_rate(s, 100, 1.0, cosine) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)  # warm-up ends at the peak
-    assert rates[54] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)  # half-way, and min_lr at the last step
+    assert rates[0] == 0.1 and rates[9] == 1.0  # warm-up ends at the peak
+    assert rates[54] == pytest.approx(0.55, rel=1e-15) and rates[99] == 0.1  # half-way, and min_lr at the last step
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     wsd = ScheduleConfig(warmup_steps=10, decay="wsd", min_lr=0.0, decay_fraction=0.2)
     rates = [learning_rate(s, 100, 1.0, wsd) for s in range(100)]
-    assert rates[10:80] == [1.0] * 70 and rates[89] == pytest.approx(0.5) and rates[99] == pytest.approx(0.0)
+    assert rates[9:80] == [1.0] * 71 and rates[80] < 1.0 and rates[89] == 0.5 and rates[99] == 0.0
     assert learning_rate(50, 100, 1.0, ScheduleConfig(warmup_steps=0, decay="constant")) == 1.0
     linear = ScheduleConfig(warmup_steps=0, decay="linear", min_lr=0.0)
-    assert learning_rate(49, 100, 1.0, linear) == pytest.approx(0.5)
+    assert learning_rate(49, 100, 1.0, linear) == 0.5
 
 
 def test_the_previewed_curve_names_where_it_turns():

@@ -10,6 +10,7 @@ import torch
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.data.sidecar import read_meta
 from megatron_lite.mesh import Mesh
+from megatron_lite.metrics import read_jsonl
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import train
 from tests.test_train import last_state, losses
@@ -59,6 +60,30 @@ def test_a_resume_before_at_and_after_a_phase_is_bitwise(tmp_path, mixture, phas
     assert losses(tmp_path / "run") == whole and (tmp_path / "run/data.json").read_text() == data
     stages = state_of(tmp_path / "run")["data"]["stages"]
     assert [stage["first_step"] for stage in stages] == [0, 4, 7]  # 800 tokens are 6.25 steps
+
+
+@pytest.mark.slow
+def test_a_resume_at_each_of_20_steps_is_bitwise(tmp_path, mixture, phases):
+    """Parameters, moments, loss, learning rate, gradient norm and samples, in the second epoch of a domain too."""
+    steps = ("schedule={total_tokens: 2560, warmup_steps: 4}", phases, "checkpoint={every: 1, keep: 99}")
+    train(tiny_config(tmp_path / "whole", *steps), mixture)
+    expected, rows = last_state(tmp_path / "whole"), computed(tmp_path / "whole")
+    assert len(rows) == 20 and len({row["train/lr"] for row in rows}) > 15
+    for step in range(1, 20):
+        run = tmp_path / str(step)
+        shutil.copytree(tmp_path / "whole", run)
+        cut_back(run, step)
+        train(tiny_config(run, *steps), mixture)
+        got = last_state(run)
+        assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got), step
+        assert computed(run) == rows, step
+        assert (run / "data.json").read_text() == (tmp_path / "whole" / "data.json").read_text()
+        shutil.rmtree(run)
+
+
+def computed(run: Path) -> list[dict[str, float]]:
+    """Every logged line without what a clock says."""
+    return [{k: v for k, v in row.items() if k[:5] in ("step", "train")} for row in read_jsonl(run / "metrics.jsonl")]
 
 
 def test_allowed_weights_at_a_resume_are_the_run_with_that_phase(tmp_path, mixture, phases, capfd):

@@ -31,9 +31,9 @@ def loader(mixture, micro=1, rank=0, size=1, seed=7, **kwargs):
     return BlendedLoader(mixture, SEQ, seed, kwargs.pop("batch", 8), micro, rank, size, **kwargs)
 
 
-def global_step(mixture, step, micro, size, **kwargs):
+def global_step(loaders, step):
     """All ranks' micro-batches of one step, in global order."""
-    ranks = [loader(mixture, micro, rank, size, **kwargs).step(step) for rank in range(size)]
+    ranks = [one.step(step) for one in loaders]
     batches = [rank[m] for m in range(len(ranks[0])) for rank in ranks]
     return [torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_BT", "labels_BT", "domain_B")]
 
@@ -42,10 +42,14 @@ def global_step(mixture, step, micro, size, **kwargs):
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_global_samples_do_not_depend_on_the_layout(mixture, size, micro):
     batch = 8 if micro * size <= 8 else 16
-    for step in (0, 3, 500):
-        ours = global_step(mixture, step, micro, size, batch=batch)
-        theirs = global_step(mixture, step, 1, 1, batch=batch)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    whole = loader(mixture, batch=batch)
+    ranks = [loader(mixture, micro, rank, size, batch=batch) for rank in range(size)]
+    steps = [*range(120), 500]
+    epochs = [row["epochs"] for row in tally.report(whole, len(steps))["domains"].values() if row["samples"]]
+    assert min(epochs) > 1 and max(epochs) > 3
+    for step in steps:
+        pairs = zip(global_step(ranks, step), global_step([whole], step), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), step
 
 
 def test_a_batch_is_what_it_says(mixture):
