@@ -81,20 +81,17 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     ]
     for process in ranks:
         process.start()
-    results: dict[int, Any] = {}
+    results, deadline = {}, time.monotonic() + TIMEOUT_S
     try:
-        deadline = time.monotonic() + TIMEOUT_S
         while len(results) < world_size:
             try:
                 rank, ok, value = answers.get(timeout=2)
+                assert ok, f"rank {rank} failed:\n{value}"
+                results[rank] = value
             except queue.Empty:
                 codes = {rank: ranks[rank].exitcode for rank in range(world_size) if rank not in results}
-                if time.monotonic() > deadline or any(code is not None for code in codes.values()):
-                    raise AssertionError(f"no answer from these ranks (None: still running): {codes}") from None
-                continue
-            if not ok:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results[rank] = value
+                alive = set(codes.values()) == {None} and time.monotonic() < deadline
+                assert alive, f"no answer from these ranks (None: still running): {codes}"
     finally:
         read.set()
         for process in ranks:

@@ -70,6 +70,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
             with stop_signal() as stop, manual_gc():
                 results = loop(run, stop)
         finally:
+            run.engine.close()
             run.saver.close()  # also after a signal: the checkpoint that is being written is the one to resume from
             if run.metrics:
                 run.metrics.close()

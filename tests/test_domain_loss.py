@@ -43,6 +43,7 @@ def one_step(folder: str, *overrides: str) -> tuple[list[list[float]], float, fl
     by_domain = torch.zeros(2, len(loader.names), dtype=torch.float64)
     loss = mesh.sum(engine.forward_backward(batches, tokens, by_domain)).item()
     result = mesh.sum(by_domain).tolist(), loss, tokens, mesh.sum(alone).tolist()
+    engine.close()
     mesh.close()
     return result
 

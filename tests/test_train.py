@@ -167,6 +167,7 @@ def gradients(folder: str, micro_batch: int) -> tuple[dict[str, torch.Tensor], f
     loss = mesh.sum(engine.forward_backward(batches, tokens)).item() / tokens
     grads = {n: p.grad.clone() for n, p in engine.module.named_parameters()}
     norm = engine.step(0.0).grad_norm
+    engine.close()
     mesh.close()
     return grads, norm, loss
 

@@ -55,6 +55,9 @@ class Engine(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes back what state_dict gave, from any engine and any rank count."""
 
+    def close(self) -> None:
+        """Ends training: lets go of the process groups, before Mesh.close destroys them."""
+
 
 def choose_kernels(config: Config, device: torch.device) -> str:
     """Activates the kernels that the config asks for in this process, and names them; ValueError where it cannot."""

@@ -116,6 +116,9 @@ class DeepSpeedEngine:
             for moment in ("exp_avg", "exp_avg_sq"):
                 safe_set_full_optimizer_state(param, state[f"{moment}/{name}"].to(param.device), moment)
 
+    def close(self) -> None:
+        """See Engine.close: DeepSpeed calls its groups by name and holds none."""
+
     def _link_partitions(self) -> None:
         # 0.19.8 links the first parameter group only when it does so by itself; asked again, it links them all
         self.engine.optimizer._hp_optimizer_states_linked = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import warnings
 from collections.abc import Sequence
@@ -77,6 +78,11 @@ class TorchEngine:
             self.optimizer.set_moments(state)
         else:
             set_moments(self.module, self.optimizer, state)
+
+    def close(self) -> None:
+        """See Engine.close. A DDP freed later can hang: it joins gloo's threads with the GIL, which they may want."""
+        self.ddp = self.module
+        gc.collect()  # DDP is a cycle of references
 
     def _no_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or self.mesh.dp_size == 1:

@@ -46,6 +46,7 @@ def rewrite(data_dir: str, run: str, overrides: list[str]) -> int:
     if mesh.is_main:
         shutil.rmtree(Path(run) / f"step_{state.step:07d}")
     save(state)
+    state.engine.close()
     mesh.close()
     return state.step
 
@@ -134,6 +135,7 @@ def replicas(data_dir: str, run: str, overrides: list[str]) -> tuple[int, dict[s
         state.engine.forward_backward(batches, 128.0)
         state.engine.step(1e-2)
     out = {n: p.detach().clone() for n, p in state.engine.module.named_parameters()}
+    state.engine.close()
     mesh.close()
     return mesh.tp.rank, out
 
