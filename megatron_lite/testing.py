@@ -81,7 +81,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     ]
     for process in ranks:
         process.start()
-    results, deadline = {}, time.monotonic() + TIMEOUT_S
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT_S
     try:
         while len(results) < world_size:
             try:
