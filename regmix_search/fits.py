@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import difflib
 import math
+import multiprocessing
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
+from regmix_search.choice import calibrate, choose, coverage90
 from regmix_search.space import FloatArray
-from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, choose, group_mixtures, score
+from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
 from regmix_search.tables import Runs
 
-Target = str | Mapping[str, float]  # one loss, or a weighted mean of several
+Target = str | Mapping[str, float]  # one loss, a weighted mean of several, "mean" or "worst" of all
+ALL = ("mean", "worst")
 
 
 def target_weights(target: Target, known: Iterable[str]) -> dict[str, float]:
-    """A target as {loss name: share}, shares summing to 1. Raises ValueError for names that are not `known`."""
-    known, terms = list(known), {target: 1.0} if isinstance(target, str) else dict(target)
+    """A target as {loss name: share}, shares summing to 1. Raises ValueError for names that are not `known`.
+
+    "mean" and "worst" (unless losses have these names) are all losses alike; `combine` then takes the largest.
+    """
+    known = list(known)
+    if isinstance(target, str):
+        terms = dict.fromkeys(known if target in ALL and target not in known else [target], 1.0)
+    else:
+        terms = dict(target)
     for name, weight in terms.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -31,6 +43,13 @@ def target_weights(target: Target, known: Iterable[str]) -> dict[str, float]:
     if not total > 0:
         raise ValueError(f"target {terms}: give at least one loss a weight above 0")
     return {name: weight / total for name, weight in terms.items()}
+
+
+def combine(target: Target, columns: Mapping[str, FloatArray]) -> FloatArray:
+    """The target [n] of losses {name: [n]}: their weighted mean, or row by row the worst of all."""
+    if target == "worst" and target not in columns:
+        return np.asarray(np.max(list(columns.values()), axis=0))
+    return np.asarray(sum(w * np.asarray(columns[name]) for name, w in target_weights(target, columns).items()))
 
 
 def split_holdout(runs: Runs, n: int, seed: int) -> tuple[int, ...]:
@@ -67,21 +86,34 @@ def fit_targets(
     holdout: Sequence[int] = (),
     seed: int = 0,
     folds: int = 5,
-    repeats: int = 3,
+    repeats: int | None = None,
+    larger: bool = True,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """The content of fit.json: for each of `targets` (all losses when None) a choice made without the held-back runs.
 
     target is what the search minimises; holdout are run indices that neither the choice nor any fit may see. A
-    mixture that is both held back and fitted is an error: its score would be flattering.
+    mixture that is both held back and fitted is an error: its score would be flattering. Losses are fitted one by one
+    and combined afterwards, by `combine`: fitting a mean directly ranks far worse. repeats and larger are `choose`'s;
+    workers are processes, which change no figure. "cv" is the target's, honest about the choice too.
     """
     terms = target_weights(target, runs.losses)
     targets = list(runs.losses) if targets is None else list(targets)
     target_weights(dict.fromkeys(targets, 1.0), runs.losses)
     held, train = runs.select(holdout), runs.without(holdout)
     _check_disjoint(train, held)
-    fits, warnings = {}, []
-    for name in dict.fromkeys([*terms, *targets]):
-        fits[name], doubts = _fit_target(train, held, name, names, seed, folds, repeats)
+    _check_varied(train)
+    wanted, warnings = list(dict.fromkeys([*terms, *targets])), []
+
+    tasks = [(train, held, name, (names, seed, folds, repeats, larger)) for name in wanted]
+    if min(workers, len(wanted)) > 1:
+        spawn = multiprocessing.get_context("spawn")  # fork would copy thread pools in unknown state
+        with ProcessPoolExecutor(min(workers, len(wanted)), spawn, threadpool_limits, (1,)) as pool:
+            found = dict(zip(wanted, pool.map(_fit_target, *zip(*tasks, strict=True)), strict=True))
+    else:
+        found = {task[2]: _fit_target(*task) for task in tasks}
+    fits = {name: entry for name, (entry, _) in found.items()}
+    for name, (_, doubts) in found.items():
         warnings += [f"{name}: {doubt}" for doubt in doubts]
     noise = run_noise(train)
     if not noise:
@@ -96,8 +128,9 @@ def fit_targets(
         "train_index": list(train.index),
         "domains": list(runs.domains),
         "noise": noise,
+        "cv": _cross_validated(target, fits, terms),
         "targets": fits,
-        "warnings": warnings + _idle_domains(train),
+        "warnings": warnings,
     }
 
 
@@ -108,21 +141,39 @@ def fit_chosen(runs: Runs, fit: Mapping[str, Any], name: str, surrogate: str | N
     return built.fit(train.weights, train.losses[name], fit["seed"])
 
 
-def _fit_target(
-    train: Runs, held: Runs, name: str, names: Sequence[str], seed: int, folds: int, repeats: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _fit_target(train: Runs, held: Runs, name: str, how: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A target's entry in fit.json, and its warnings. how: what `choose` takes after the losses."""
     losses = train.losses[name]
-    choice = choose(train.weights, losses, names, seed, folds, repeats)
-    model = build_surrogate(choice.chosen).fit(train.weights, losses, seed)
-    result = {
+    choice = choose(train.weights, losses, *how)
+    model = build_surrogate(choice.chosen).fit(train.weights, losses, how[1])
+    entry = {
         "chosen": choice.chosen,
         "why": choice.why,
         "candidates": choice.candidates,
+        "nested": choice.nested,
+        "scale90": choice.scale90,
         "holdout": _judge(model, held, name),
         "cv_predicted": choice.cv_predicted.tolist(),
+        "cv_deviation": choice.cv_deviation.tolist(),
+        "nested_predicted": choice.nested_predicted.tolist(),
+        "nested_deviation": choice.nested_deviation.tolist(),
         "true": losses.tolist(),
     }
-    return result, choice.warnings
+    return entry, choice.warnings
+
+
+def _cross_validated(target: Target, fits: Mapping[str, Any], terms: Iterable[str]) -> dict[str, float]:
+    """Scores of the target where every fold was predicted by what the other folds alone chose; scale90 as `choose`'s.
+
+    The deviation of a weighted mean is that of its losses, weighted: errors of one run go together.
+    """
+    predicted, deviation, true, chosen, own = (
+        combine(target, {name: np.array(fits[name][key]) for name in terms})
+        for key in ("nested_predicted", "nested_deviation", "true", "cv_predicted", "cv_deviation")
+    )
+    scores = score(predicted, true)
+    inside = coverage90(predicted - true, deviation, np.arange(len(true)) % 5)
+    return {**scores, "coverage90": inside, "scale90": calibrate(chosen - true, own)}
 
 
 def _judge(model: Surrogate, held: Runs, name: str) -> dict[str, Any]:
@@ -144,6 +195,10 @@ def _check_disjoint(train: Runs, held: Runs) -> None:
         raise ValueError(f"held-back runs {both} have a mixture that is also fitted; hold back all of its runs or none")
 
 
-def _idle_domains(train: Runs) -> list[str]:
+def _check_varied(train: Runs) -> None:
     idle = [d for d, spread in zip(train.domains, np.ptp(train.weights, axis=0), strict=True) if spread < 1e-9]
-    return [f"domains {idle} never vary in these runs: nothing is known about their effect"] if idle else []
+    if idle and len(train.index) > 1:
+        raise ValueError(
+            f"domains {idle} have one weight in all {len(train.index)} runs: nothing can be learned about them; leave "
+            "their columns out, or add runs in which they vary"
+        )

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from regmix_search.laws import check_runs
+from regmix_search.posterior import arrange
 from regmix_search.space import FloatArray
 
 
@@ -18,11 +18,14 @@ class LightGBM:
     """
 
     name: ClassVar[str] = "lightgbm"
+    NEEDS = 6  # runs: two leaves of three
     TREES = 1000
     LEARNING_RATE = 0.01
 
     def fit(self, weights: FloatArray, losses: FloatArray, seed: int = 0) -> Self:
-        weights, losses = check_runs(weights, losses)
+        weights, losses = arrange(weights, losses)
+        if len(losses) < self.NEEDS:
+            raise ValueError(f"{len(losses)} runs: lightgbm needs {self.NEEDS} to split once; use the law, effective")
         settings = {
             "objective": "l2",
             "learning_rate": self.LEARNING_RATE,
@@ -35,11 +38,27 @@ class LightGBM:
         }
         lightgbm = _import_lightgbm()
         data = lightgbm.Dataset(weights, losses)
-        self.model = lightgbm.train(settings, data, self.TREES, keep_training_booster=True)  # no copy through text
+        self._booster = lightgbm.train(settings, data, self.TREES, keep_training_booster=True)  # no copy through text
+        self.spread = float(losses.std())
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """What a fit is, as text and numbers."""
+        return {"trees": self._booster.model_to_string(), "spread": self.spread}
+
+    def restore(self, state: dict[str, Any]) -> Self:
+        """Inverse of state."""
+        self._booster = _import_lightgbm().Booster(model_str=state["trees"])
+        self.spread = state["spread"]
         return self
 
     def predict(self, weights: FloatArray) -> FloatArray:
-        return np.asarray(self.model.predict(np.asarray(weights, dtype=np.float64), num_threads=1), dtype=np.float64)
+        found = self._booster.predict(np.asarray(weights, dtype=np.float64), num_threads=1)
+        return np.asarray(found, dtype=np.float64)
+
+    def deviation(self, weights: FloatArray) -> FloatArray:
+        """The losses' own: trees do not know where they know little. Calibration scales it."""
+        return np.full(len(weights), self.spread)
 
 
 def _import_lightgbm() -> Any:
