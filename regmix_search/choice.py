@@ -207,7 +207,7 @@ def choose(
     seed: int = 0,
     folds: int = 5,
     repeats: int | None = None,
-    larger: bool = True,
+    larger: bool = False,
 ) -> Choice:
     """Picks a surrogate by cross-validated squared error: the best, or a smoother one within a standard error.
 

@@ -13,25 +13,17 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from regmix_search.choice import calibrate, choose, coverage90
+from regmix_search.choice import choose
 from regmix_search.space import FloatArray
 from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
 from regmix_search.tables import Runs
 
-Target = str | Mapping[str, float]  # one loss, a weighted mean of several, "mean" or "worst" of all
-ALL = ("mean", "worst")
+Target = str | Mapping[str, float]  # one loss, or a weighted mean of several
 
 
 def target_weights(target: Target, known: Iterable[str]) -> dict[str, float]:
-    """A target as {loss name: share}, shares summing to 1. Raises ValueError for names that are not `known`.
-
-    "mean" and "worst" (unless losses have these names) are all losses alike; `combine` then takes the largest.
-    """
-    known = list(known)
-    if isinstance(target, str):
-        terms = dict.fromkeys(known if target in ALL and target not in known else [target], 1.0)
-    else:
-        terms = dict(target)
+    """A target as {loss name: share}, shares summing to 1. Raises ValueError for names that are not `known`."""
+    known, terms = list(known), {target: 1.0} if isinstance(target, str) else dict(target)
     for name, weight in terms.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -43,13 +35,6 @@ def target_weights(target: Target, known: Iterable[str]) -> dict[str, float]:
     if not total > 0:
         raise ValueError(f"target {terms}: give at least one loss a weight above 0")
     return {name: weight / total for name, weight in terms.items()}
-
-
-def combine(target: Target, columns: Mapping[str, FloatArray]) -> FloatArray:
-    """The target [n] of losses {name: [n]}: their weighted mean, or row by row the worst of all."""
-    if target == "worst" and target not in columns:
-        return np.asarray(np.max(list(columns.values()), axis=0))
-    return np.asarray(sum(w * np.asarray(columns[name]) for name, w in target_weights(target, columns).items()))
 
 
 def split_holdout(runs: Runs, n: int, seed: int) -> tuple[int, ...]:
@@ -87,22 +72,21 @@ def fit_targets(
     seed: int = 0,
     folds: int = 5,
     repeats: int | None = None,
-    larger: bool = True,
+    larger: bool = False,
     workers: int = 1,
 ) -> dict[str, Any]:
     """The content of fit.json: for each of `targets` (all losses when None) a choice made without the held-back runs.
 
     target is what the search minimises; holdout are run indices that neither the choice nor any fit may see. A
-    mixture that is both held back and fitted is an error: its score would be flattering. Losses are fitted one by one
-    and combined afterwards, by `combine`: fitting a mean directly ranks far worse. repeats and larger are `choose`'s;
-    workers are processes, which change no figure. "cv" is the target's, honest about the choice too.
+    mixture that is both held back and fitted is an error: its score would be flattering. Losses are fitted one by one,
+    to be combined afterwards: fitting a mean directly ranks far worse. repeats and larger are `choose`'s; workers are
+    processes, which change no figure.
     """
     terms = target_weights(target, runs.losses)
     targets = list(runs.losses) if targets is None else list(targets)
     target_weights(dict.fromkeys(targets, 1.0), runs.losses)
     held, train = runs.select(holdout), runs.without(holdout)
     _check_disjoint(train, held)
-    _check_varied(train)
     wanted, warnings = list(dict.fromkeys([*terms, *targets])), []
 
     tasks = [(train, held, name, (names, seed, folds, repeats, larger)) for name in wanted]
@@ -128,9 +112,8 @@ def fit_targets(
         "train_index": list(train.index),
         "domains": list(runs.domains),
         "noise": noise,
-        "cv": _cross_validated(target, fits, terms),
         "targets": fits,
-        "warnings": warnings,
+        "warnings": warnings + _idle_domains(train),
     }
 
 
@@ -162,20 +145,6 @@ def _fit_target(train: Runs, held: Runs, name: str, how: tuple[Any, ...]) -> tup
     return entry, choice.warnings
 
 
-def _cross_validated(target: Target, fits: Mapping[str, Any], terms: Iterable[str]) -> dict[str, float]:
-    """Scores of the target where every fold was predicted by what the other folds alone chose; scale90 as `choose`'s.
-
-    The deviation of a weighted mean is that of its losses, weighted: errors of one run go together.
-    """
-    predicted, deviation, true, chosen, own = (
-        combine(target, {name: np.array(fits[name][key]) for name in terms})
-        for key in ("nested_predicted", "nested_deviation", "true", "cv_predicted", "cv_deviation")
-    )
-    scores = score(predicted, true)
-    inside = coverage90(predicted - true, deviation, np.arange(len(true)) % 5)
-    return {**scores, "coverage90": inside, "scale90": calibrate(chosen - true, own)}
-
-
 def _judge(model: Surrogate, held: Runs, name: str) -> dict[str, Any]:
     """Scores on held-back runs; correlations are null below 3 of them, where they say nothing."""
     empty: dict[str, float | None] = dict.fromkeys(("spearman", "pearson", "mse", "rmse"))
@@ -195,10 +164,6 @@ def _check_disjoint(train: Runs, held: Runs) -> None:
         raise ValueError(f"held-back runs {both} have a mixture that is also fitted; hold back all of its runs or none")
 
 
-def _check_varied(train: Runs) -> None:
+def _idle_domains(train: Runs) -> list[str]:
     idle = [d for d, spread in zip(train.domains, np.ptp(train.weights, axis=0), strict=True) if spread < 1e-9]
-    if idle and len(train.index) > 1:
-        raise ValueError(
-            f"domains {idle} have one weight in all {len(train.index)} runs: nothing can be learned about them; leave "
-            "their columns out, or add runs in which they vary"
-        )
+    return [f"domains {idle} never vary in these runs: nothing is known about their effect"] if idle else []

@@ -65,7 +65,9 @@ class GaussianProcess:
         return np.array([*lengths, variance, noise]), np.array([*lengths + 1, its_sd, sd_of_that])
 
     def _roots(self, weights: FloatArray) -> FloatArray:
-        return np.asarray((np.maximum(weights, 0.0) + self.SHIFT) ** self.POWER - self.SHIFT**self.POWER)
+        return np.asarray(
+            (np.maximum(np.ascontiguousarray(weights), 0.0) + self.SHIFT) ** self.POWER - self.SHIFT**self.POWER
+        )
 
     def _unpack(self, params: FloatArray) -> tuple[FloatArray, float, float]:
         """Lengths [k], variance, noise."""
@@ -104,7 +106,7 @@ class GaussianProcess:
         lengths, variance, noise = self._unpack(self.params)
         x = self._roots(self.weights) / lengths
         lower = np.linalg.cholesky(_matern(x, x, variance)[0] + (noise + JITTER) * np.eye(len(x)))
-        return x, lower, cho_solve((lower, True), self.z)
+        return x, np.asarray(lower, np.float64), np.asarray(cho_solve((lower, True), self.z))
 
     def _kernel(self, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
         lengths, variance, _ = self._unpack(self.params)
@@ -163,6 +165,8 @@ class LawProcess:
     """The effective-data law plus a Gaussian process on its residuals: smooth far from the runs, exact near them."""
 
     name: ClassVar[str] = "effective_gp"
+    law: Effective
+    residual: Residual
 
     def fit(
         self,
@@ -195,6 +199,8 @@ class Average:
     """The mean of the law with its process and the process alone, the two that rank RegMix's runs best."""
 
     name: ClassVar[str] = "average"
+    law: LawProcess
+    process: GaussianProcess
 
     def fit(self, weights: FloatArray, losses: FloatArray, seed: int = 0, like: Self | None = None) -> Self:
         """As every surrogate; `like` lends the processes' hyperparameters instead of learning them."""

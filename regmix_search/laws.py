@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from regmix_search.posterior import arrange, maximum_a_posteriori, standardise
+from regmix_search.posterior import Posterior, arrange, maximum_a_posteriori, standardise
 from regmix_search.space import FloatArray, bound, fill_cheapest
 
 
@@ -36,7 +36,7 @@ class Linear:
         return self
 
     def predict(self, weights: FloatArray) -> FloatArray:
-        return np.asarray(self.mean + (weights - self.centre) @ self.slopes)
+        return np.asarray(self.mean + (np.ascontiguousarray(weights) - self.centre) @ self.slopes)
 
     def deviation(self, weights: FloatArray) -> FloatArray:
         away = weights - self.centre
@@ -88,7 +88,9 @@ class LogLinear:
 
     @staticmethod
     def _rise(weights: FloatArray, rates: FloatArray) -> FloatArray:
-        return np.exp(np.clip(weights @ rates, -50.0, 50.0))  # clipped: a wild trial step must not overflow
+        return np.exp(
+            np.clip(np.ascontiguousarray(weights) @ rates, -50.0, 50.0)
+        )  # clipped: a wild trial step must not overflow
 
     def _slopes(self, weights: FloatArray, params: FloatArray) -> FloatArray:
         return np.hstack([np.ones((len(weights), 1)), weights * self._rise(weights, params[1:])[:, None]])
@@ -119,6 +121,7 @@ class Effective:
     SPREAD = 0.3  # sd of logit g_i around the shared g; .1 to .4 predict alike, .5 stalls at times
     SHIFT = 3e-4  # e: keeps the slope finite at w = 0, about the smallest weight a proxy can tell from none
     FLOOR_SD = 3.0  # prior sd of c, in sds of the losses
+    posterior: Posterior
 
     def fit(self, weights: FloatArray, losses: FloatArray, seed: int = 0, like: Self | None = None) -> Self:
         """As every surrogate; `like` is a fit to most of these runs, to start from."""
@@ -169,7 +172,7 @@ class Effective:
         return np.column_stack([*columns, bend.sum(axis=1), self.SPREAD * bend, *(drop * s for s in shape)])
 
     def _logs(self, weights: FloatArray) -> FloatArray:
-        return np.asarray(np.log(np.maximum(weights, 0.0) + self.SHIFT))
+        return np.asarray(np.log(np.maximum(np.ascontiguousarray(weights), 0.0) + self.SHIFT))
 
     def predict(self, weights: FloatArray) -> FloatArray:
         return self.mean + self.scale * self._standard(self.posterior.params, self._logs(weights))

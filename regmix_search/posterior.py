@@ -33,8 +33,11 @@ class Posterior:
 
 
 def check_runs(weights: FloatArray, losses: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """float64 copies of weights [n, k] and losses [n]. Raises ValueError for shapes that differ, NaN, or n < 2."""
-    weights, losses = np.array(weights, dtype=np.float64), np.array(losses, dtype=np.float64)
+    """float64 copies of weights [n, k], rows together in memory, and losses [n].
+
+    Raises ValueError for shapes that differ, NaN, or n < 2.
+    """
+    weights, losses = np.array(weights, np.float64, order="C"), np.array(losses, np.float64)
     if weights.ndim != 2 or losses.shape != weights.shape[:1]:
         raise ValueError(f"weights {weights.shape} and losses {losses.shape}: need [n, k] and [n], one row a run")
     if len(losses) < 2:
@@ -82,7 +85,7 @@ def maximum_a_posteriori(
         covariance = np.linalg.pinv(information / used + precision, hermitian=True)
         freedom = float(np.sum(covariance * information)) / used  # parameters that the data determine
         noise = float(np.clip(error @ error / max(1.0, len(error) - freedom), *NOISE_RANGE))
-    return Posterior(params, covariance, noise)
+    return Posterior(params, np.asarray(covariance, np.float64), noise)
 
 
 def _descend(

@@ -25,6 +25,7 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
         holdout=held,
         seed=config.seed,
         folds=config.fit.folds,
+        larger=config.train.main.model != config.proxy.model,  # then smooth laws are preferred: they carry over
     )
     atomic_write_json(out / "fit.json", fit)
     chosen = fit["targets"][config.fit.target]

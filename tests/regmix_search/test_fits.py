@@ -36,7 +36,9 @@ def test_fit_json_has_its_promised_form_and_is_json() -> None:
     assert sorted([*fit["train_index"], *held]) == sorted(runs.index)
     for name, entry in fit["targets"].items():
         assert entry["chosen"] == "effective" and set(entry["candidates"]) == set(NAMES)
-        assert set(entry["candidates"]["linear"]) == {"spearman", "pearson", "mse", "rmse"}
+        assert set(entry["candidates"]["linear"]) == {"spearman", "pearson", "mse", "rmse", "coverage90"}
+        assert set(entry["nested"]) == set(entry["candidates"]["linear"]) and entry["scale90"] > 0
+        assert len(entry["cv_deviation"]) == len(entry["nested_predicted"]) == len(entry["nested_deviation"]) == 35
         assert len(entry["cv_predicted"]) == len(entry["true"]) == 35
         judged = entry["holdout"]
         assert judged["index"] == list(held) and judged["true"] == runs.select(held).losses[name].tolist()
@@ -135,3 +137,10 @@ def test_targets_are_names_or_weighted_names() -> None:
 def test_bad_targets_are_named(target: str | dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         target_weights(target, ["readme", "python"])
+
+
+@pytest.mark.slow
+def test_processes_change_no_figure() -> None:
+    runs = planted_runs()
+    alone = fit_targets(runs, "a", names=("effective", "gp"))
+    assert fit_targets(runs, "a", names=("effective", "gp"), workers=2) == alone

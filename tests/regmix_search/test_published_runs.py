@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regmix_search.choice import choose, cross_validate
 from regmix_search.fits import fit_targets
 from regmix_search.objective import Objective
 from regmix_search.optimize import find_optimum, interval90
 from regmix_search.space import unlimited_space
-from regmix_search.surrogates import build_surrogate, choose, cross_validate, score
+from regmix_search.surrogates import build_surrogate, score
 from regmix_search.tables import Runs, read_runs
 
 TARGET = "the_pile_pile_cc"
@@ -82,7 +83,7 @@ def test_96_runs_and_a_law_rank_as_the_paper_did_with_512(train: Runs, test_1m: 
 
 def test_48_runs_choose_the_law_and_not_the_trees(train: Runs) -> None:
     some = subset(train, 48, 0)
-    choice = choose(some.weights, some.losses[TARGET], seed=0, repeats=1)
+    choice = choose(some.weights, some.losses[TARGET], seed=0, repeats=1, larger=True)
     print(choice.why)
     assert choice.chosen == "effective" and choice.candidates["effective"]["spearman"] > 0.93
     assert choice.candidates["linear"]["mse"] > 2 * choice.candidates["effective"]["mse"]
