@@ -88,15 +88,14 @@ class LogLinear:
 
     @staticmethod
     def _rise(weights: FloatArray, rates: FloatArray) -> FloatArray:
-        return np.exp(
-            np.clip(np.ascontiguousarray(weights) @ rates, -50.0, 50.0)
-        )  # clipped: a wild trial step must not overflow
+        rise = np.clip(np.ascontiguousarray(weights) @ rates, -50.0, 50.0)  # a wild trial step must not overflow
+        return np.asarray(np.exp(rise))
 
     def _slopes(self, weights: FloatArray, params: FloatArray) -> FloatArray:
         return np.hstack([np.ones((len(weights), 1)), weights * self._rise(weights, params[1:])[:, None]])
 
     def predict(self, weights: FloatArray) -> FloatArray:
-        return self.mean + self.scale * (self.posterior.params[0] + self._rise(weights, self.rates))
+        return np.asarray(self.mean + self.scale * (self.posterior.params[0] + self._rise(weights, self.rates)))
 
     def deviation(self, weights: FloatArray) -> FloatArray:
         return self.scale * self.posterior.deviation(self._slopes(weights, self.posterior.params))
