@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -17,6 +17,7 @@ class Row:
     peer: float
     ratio: float
     unit: str
+    peer_name: str = ""  # which of several peers, the best of them
 
 
 def rate_row(key: str, ours: float, peer: float, unit: str) -> Row:
@@ -29,14 +30,24 @@ def cost_row(key: str, ours: float, peer: float, unit: str) -> Row:
     return Row(key, ours, peer, peer / ours, unit)
 
 
+def best_of(key: str, found: Mapping[str, float], unit: str, more_is_better: bool) -> Row:
+    """``ours`` in ``found`` against the best of the others."""
+    peers = {name: value for name, value in found.items() if name != "ours"}
+    name = (max if more_is_better else min)(peers, key=peers.__getitem__)
+    ratio = found["ours"] / peers[name] if more_is_better else peers[name] / found["ours"]
+    return Row(key, found["ours"], peers[name], ratio, unit, name)
+
+
 def print_rows(rows: Sequence[Row], as_json: bool) -> None:
     """``{"rows": [...]}`` or an aligned table on stdout."""
     if as_json:
-        print(json.dumps({"rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"rows": [{k: v for k, v in asdict(row).items() if v != ""} for row in rows]}))
         return
-    print(f"{'key':<28} {'ours':>12} {'peer':>12} {'ratio':>7}  unit")
+    width = max([28, *(len(row.key) for row in rows)])
+    print(f"{'key':<{width}} {'ours':>12} {'peer':>12} {'ratio':>7}  unit")
     for row in rows:
-        print(f"{row.key:<28} {row.ours:>12,.4g} {row.peer:>12,.4g} {row.ratio:>7.2f}  {row.unit}")
+        unit = f"{row.unit} ({row.peer_name})" if row.peer_name else row.unit
+        print(f"{row.key:<{width}} {row.ours:>12,.4g} {row.peer:>12,.4g} {row.ratio:>7.2f}  {unit}")
 
 
 def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:

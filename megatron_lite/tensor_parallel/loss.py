@@ -95,7 +95,8 @@ def losses_and_gradients(
     label]) / q. weight / q is left out of the [rows, V] buffer: it scales the rows of h on either side of the matmuls.
     """
     wide, V = torch.float64 if h_ND.dtype == torch.float64 else torch.float32, len(head_VD)
-    size = max(1, CHUNK.get(h_ND.device.type, CHUNK["cuda"]) // max(V, rows.padded))  # rows of a chunk
+    size = max(1, CHUNK.get(h_ND.device.type, CHUNK["cuda"]) // max(V, rows.padded, 1))  # rows of a chunk
+    size = -(-len(h_ND) // max(1, -(-len(h_ND) // size)))  # all alike: a short last one multiplies slowly
     h_compute, head_compute = h_ND.to(compute), head_VD.to(compute)
     losses_N, buffer_NV = h_ND.new_empty(len(h_ND), dtype=wide), h_compute.new_empty(min(size, len(h_ND)), V)
     grad_h_ND, grad_head_VD = (torch.zeros_like(x) if weights_N is not None else x[:0] for x in (h_ND, head_VD))
@@ -112,8 +113,9 @@ def losses_and_gradients(
         losses_N[chunk] = losses.squeeze(1)
         if weights_N is None:
             continue
-        if V:  # where the label is another rank's, this writes what is there
-            logits.scatter_(1, labels, (exp_label - total * mine).to(compute))
+        if V:  # where the label is another rank's, this writes what is there; scatter_ copies all logits twice in bf16
+            place = torch.arange(len(labels), device=labels.device), labels.squeeze(1)
+            logits[place] = (exp_label - total * mine).squeeze(1).to(compute)
         scale = weights_N[chunk, None] / total
         torch.mul(logits @ head_compute, scale, out=grad_h_ND[chunk])
         scaled = (h_ND[chunk] * scale).to(compute)
