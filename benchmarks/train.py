@@ -8,7 +8,7 @@ figure is the median of tokens per CPU-second over the repeats, with two the bes
 fp32 all losses of all steps must agree within 1e-4, or nothing is printed: the same work is compared, updates included.
 
 `.memory` is each process's largest resident size over all its steps, less what was resident before the model was built
-(interpreter, torch, transformers): weights, gradients, moments, activations, logits.
+(interpreter, torch, the side's own modules): weights, gradients, moments, activations, logits.
 
 Ours sets malloc as training does (megatron_lite.process.use_cpu), the peers run as they come; --same-allocator gives
 them our setting: faster, and more memory. Needs the bench extra (transformers, litgpt).
@@ -17,6 +17,7 @@ them our setting: faster, and more memory. Needs the bench extra (transformers, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -40,6 +41,12 @@ CASES = {
     for precision in ("fp32", "bf16")
     for threads in (1, 2)
 }
+# What a side is made of, imported before the first look at memory.
+IMPORTS = {
+    "ours": (),  # with this file
+    "hf": ("transformers.models.llama.modeling_llama",),
+    "litgpt": ("litgpt.model", "litgpt.scripts.convert_hf_checkpoint"),
+}
 TOLERANCE = 1e-4  # nats between sides in fp32
 
 
@@ -59,7 +66,7 @@ class Worker:
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         if not (line := self.process.stdout.readline()):
-            raise RuntimeError(f"a side failed: {' '.join(map(str, self.process.args))}")  # its traceback is on stderr
+            raise RuntimeError(f"a side failed: {self.process.args!r}")  # its traceback is on stderr
         return dict(json.loads(line))
 
     def close(self) -> None:
@@ -76,12 +83,12 @@ def resident(field: str) -> float:
 
 def work(given: dict[str, Any]) -> None:
     """What a Worker's process does: a step for every line on stdin."""
-    import litgpt  # noqa: F401  # both before the first look at memory, on every side
     import torch
-    import transformers  # noqa: F401
 
     from megatron_lite.process import use_cpu
 
+    for module in IMPORTS[given["side"]]:
+        importlib.import_module(module)
     torch.set_num_threads(given["threads"])
     if given["tune"]:
         use_cpu(given["threads"])
@@ -139,7 +146,9 @@ def run(keys: Sequence[str] = tuple(CASES), repeats: int = 5, same_allocator: bo
     for key in keys:
         case, threads = CASES[key]
         rows += rows_of(key, case, threads, measure(case, threads, repeats, same_allocator))
-        print(*(f"{row.key}: {row.ratio:.3f} of {row.peer_name}" for row in rows[-2:]), sep="\n", file=sys.stderr)
+        said = ", ".join(f"{row.ratio:.3f} of {row.peer_name} in {row.unit}" for row in rows[-2:])
+        load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"  # figures by the clock need quiet
+        print(f"{key}: {said}; {load}", file=sys.stderr)
     return rows
 
 
