@@ -129,10 +129,8 @@ def losses_and_gradients(
 def exponentials_(logits_NV: Tensor, labels_N1: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """exp(logit - the row's largest) in place; returns (label's logit - largest, largest, sum of the exponentials)."""
     rows, V = logits_NV.shape
-    at_label, total = (torch.zeros_like(labels_N1, dtype=wide) for _ in range(2))
-    largest = torch.full_like(total, -torch.inf)
-    if logits_NV.device.type == "cpu":
-        rows = max(1, BLOCK * torch.get_num_threads() // max(1, V))
+    at_label, largest, total = (torch.full_like(labels_N1, x, dtype=wide) for x in (0, -torch.inf, 0))
+    rows = max(1, BLOCK * torch.get_num_threads() // max(1, V)) if logits_NV.device.type == "cpu" else rows
     for start in range(0, len(logits_NV) if V else 0, rows):  # a rank may hold padding alone
         block = slice(start, start + rows)
         logits = logits_NV[block].to(wide)  # a copy only where they are narrower
