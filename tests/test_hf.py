@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,13 +237,30 @@ def test_an_export_generates_and_scores_as_ours_does(tmp_path, tokenizer):
     while ours.shape[1] < theirs.shape[1]:
         ours = torch.cat((ours, model.logits(ours)[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(ours, theirs) and theirs.shape[1] == ids.shape[1] + 32
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(50):  # what lm-eval asks of a model: the log-likelihood of a continuation after a context
-        length, cut = torch.randint(8, T, (1,), generator=generator).item(), 5
-        item = torch.randint(0, VOCAB, (1, length), generator=generator)
-        score = -model(item[:, :-1], item[:, 1:])[:, cut:].sum()
-        theirs = loaded(item[:, :-1]).logits.log_softmax(-1).gather(2, item[:, 1:, None])[:, cut:].sum()
-        assert abs(score - theirs) <= 1e-4
+    generator, training = random.Random(1), load_tokenizer(tokenizer)
+    for _ in range(50):
+        context, continuation = (" ".join(generator.choices(WORDS, k=generator.randint(1, 6))) for _ in range(2))
+        whole, start = harness_ids(lambda text: names(text)["input_ids"], context, f" {continuation}")
+        assert (whole, start) == harness_ids(lambda text: training.encode_batch([text])[0], context, f" {continuation}")
+        item = torch.tensor([whole])
+        score = -model(item[:, :-1], item[:, 1:])[:, start - 1 :].sum()
+        logits = loaded(item[:, :-1]).logits[:, start - 1 :]
+        expected = logits.log_softmax(-1).gather(2, item[:, start:, None]).sum()
+        assert abs(score - expected) <= 1e-4 and expected < -1
+        ours = model.logits(item[:, :-1])[:, start - 1 :].argmax(-1)
+        assert torch.equal(ours, logits.argmax(-1)), "is_greedy would differ"
+
+
+WORDS = ["the", "cat", "and", "dog", "abcdef", "zebra", "on", "a", "mat,", "quick"]
+
+
+def harness_ids(encode, context: str, continuation: str) -> tuple[list[int], int]:
+    """Ids of both and where the continuation begins, as lm-evaluation-harness's `_encode_pair` has it."""
+    blanks = len(context) - len(context.rstrip())
+    if blanks:  # spaces go over to the continuation
+        context, continuation = context[:-blanks], context[-blanks:] + continuation
+    whole = encode(context + continuation)
+    return whole, len(encode(context))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
