@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {*(f"A{i}" for i in range(1, 7)), *(f"B{i}" for i in range(1, 7)), *(f"C{i}" for i in range(1, 8))}
-ROWS |= {*(f"D{i}" for i in range(1, 6)), "E1", "E2", "E4", "E5", "E6", "F3"}
+ROWS |= {*(f"D{i}" for i in range(1, 6)), *(f"E{i}" for i in range(1, 7)), "F3"}
 
 
 def missing(table: str) -> list[str]:

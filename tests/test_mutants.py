@@ -173,13 +173,18 @@ MUTANTS = [
         f"{ZERO}[True]",
     ),
     # the model
-    Mutant("RMSNorm's epsilon is 1e-6", MODEL, {"self.eps, self.tp = eps, tp": "self.eps, self.tp = 1e-6, tp"}, FP64),
+    Mutant(
+        "RMSNorm's epsilon is 1e-6",
+        MODEL,
+        {"self.eps, self.tp, self.multiplier = eps, tp": "self.eps, self.tp, self.multiplier = 1e-6, tp"},
+        FP64,
+    ),
     Mutant(
         "RMSNorm's epsilon added to the root",
         MODEL,
         {
-            "F.rms_norm(x, (x.shape[-1],), replicated": "x / (x.pow(2).mean(-1, True).sqrt() + self.eps) * (replicated",
-            ".to(x.dtype), self.eps)": ".to(x.dtype))",
+            "F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)": "x * weight.to(x.dtype)"
+            " / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)"
         },
         FP64,
     ),
@@ -245,6 +250,18 @@ MUTANTS = [
             "        if compute == grad_head_VD.dtype:"
         },
         "tests/test_kernels.py::test_losses_and_gradients_equal_cross_entropy",
+    ),
+    Mutant(
+        "muP without its learning rate for hidden matrices",
+        OPTIM,
+        {"return None if mup_width == 1 else 1 / mup_width": "return None"},
+        "tests/test_mup.py::test_groups_carry_the_scale_and_keep_the_decay_of_a_step",
+    ),
+    Mutant(
+        "muP without its output multiplier",
+        MODEL,
+        {"self.tp, 1 / shape.mup_width)": "self.tp)"},
+        "tests/test_mup.py::test_multipliers_and_starts_are_those_of_table_8",
     ),
     # exports
     Mutant("an export says 1e-6", "hf_config.py", {'_eps": shape.norm_eps': '_eps": 1e-6'}, f"{EXPORT}[mha]"),
