@@ -130,6 +130,16 @@ def _fit_all(
     return models
 
 
+def _predict_all(models: Mapping[str, Surrogate], weights: FloatArray) -> dict[str, FloatArray]:
+    """Predictions [m] of every model, the average's from its parts where these are there: processes take the time."""
+    found = {name: model.predict(weights) for name, model in models.items() if name != Average.name}
+    if Average.name in models and {LawProcess.name, GaussianProcess.name} <= found.keys():
+        found[Average.name] = (found[LawProcess.name] + found[GaussianProcess.name]) / 2
+    elif Average.name in models:
+        found[Average.name] = models[Average.name].predict(weights)
+    return found
+
+
 def _run_folds(names: Sequence[str], weights: FloatArray, losses: FloatArray, fold: Folds, seed: int) -> _Trial:
     """Outer folds in turn. A candidate that falls behind by DROP standard errors runs no more of them."""
     predicted, deviation = ({name: np.full(len(losses), np.nan) for name in names} for _ in range(2))
@@ -137,8 +147,8 @@ def _run_folds(names: Sequence[str], weights: FloatArray, losses: FloatArray, fo
     for i in range(int(fold.max()) + 1):
         out = fold == i
         models.append(_fit_all(alive, weights[~out], losses[~out], seed))
-        for name, model in models[-1].items():
-            predicted[name][out], deviation[name][out] = model.predict(weights[out]), model.deviation(weights[out])
+        for name, found in _predict_all(models[-1], weights[out]).items():
+            predicted[name][out], deviation[name][out] = found, models[-1][name].deviation(weights[out])
         seen = fold <= i
         if seen.sum() >= RACE_FROM:
             errors = {name: (predicted[name][seen] - losses[seen]) ** 2 for name in alive}
@@ -178,8 +188,9 @@ def _nest(
             inner = trial.fold == j
             train = ~out & ~inner
             if j != i and train.sum() >= 2:
-                for name, model in _fit_all(trial.alive, weights[train], losses[train], seed, models).items():
-                    errors[name][inner] = (model.predict(weights[inner]) - losses[inner]) ** 2
+                fitted = _fit_all(trial.alive, weights[train], losses[train], seed, models)
+                for name, found in _predict_all(fitted, weights[inner]).items():
+                    errors[name][inner] = (found - losses[inner]) ** 2
         judged = {name: found[np.isfinite(found)] for name, found in errors.items()}
         chosen = _prefer(judged, larger) if min(map(len, judged.values())) > 1 else trial.alive[0]
         predicted[out], deviation[out] = trial.predicted[chosen][out], trial.deviation[chosen][out]

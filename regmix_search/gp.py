@@ -28,7 +28,7 @@ class GaussianProcess:
     """
 
     name: ClassVar[str] = "gp"
-    LEARNING = ((96, 60), (256, 8))  # (runs, steps of L-BFGS): then the last steps on more; all runs gain 1 % of error
+    LEARNING = ((96, 60), (192, 8))  # (runs, steps of L-BFGS): then the last steps on more; all runs gain 1 % of error
     POWER = 1 / 3
     SHIFT = 3e-4  # as in the laws: a finite slope at w = 0
     SPREAD = 0.7  # sd of log length around the shared one; .4 to 1 predict alike

@@ -15,8 +15,9 @@ from regmix_search.space import FloatArray
 FIRST_NOISE = 0.02  # noise variance of the first fit, as a share of the losses' variance
 NOISE_ROUNDS = 2  # re-estimates of it; a third changes nothing
 NOISE_RANGE = (1e-4, 1.0)  # below: interpolation, which no run deserves; 1: nothing but noise
-STEPS = 200  # of Levenberg-Marquardt; the laws take 10 to 50
+STEPS = 200  # of Levenberg-Marquardt; the laws take 20 to 40
 DECREMENT = 1e-4  # stop when a step promises less: a hundredth of the posterior's sd
+ROUGH = 0.1  # the same, while the noise is still to be estimated
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +74,13 @@ def maximum_a_posteriori(
     """Minimises |misfit|^2 / noise + (p - centre)' precision (p - centre) over parameters p.
 
     The noise is learned: after each fit it is the misfit's variance over the freedom that the prior leaves (MacKay's
-    evidence). With a fixed one the laws fit the noise of small proxies. noise: one that a start comes with.
+    evidence). With a fixed one the laws fit the noise of small proxies. noise: one that a start
+    comes with, nearly right.
     """
-    rounds, noise = (NOISE_ROUNDS + 1, FIRST_NOISE) if noise is None else (NOISE_ROUNDS, noise)
-    for _ in range(rounds):
-        fits = [_descend(misfit, slopes, start, precision, centre, noise) for start in starts]
+    rounds, noise = (NOISE_ROUNDS + 1, FIRST_NOISE) if noise is None else (1, noise)
+    for i in reversed(range(rounds)):
+        stop = ROUGH if i else DECREMENT
+        fits = [_descend(misfit, slopes, start, precision, centre, noise, stop) for start in starts]
         params, _ = min(fits, key=lambda fit: fit[1])
         starts, used = [params], noise
         rows, error = slopes(params), misfit(params)
@@ -95,21 +98,22 @@ def _descend(
     precision: FloatArray,
     centre: FloatArray,
     noise: float,
+    stop: float,
 ) -> tuple[FloatArray, float]:
     """Levenberg-Marquardt on the normal equations (the priors keep them well-conditioned). Parameters and cost."""
 
     def cost(at: FloatArray, error: FloatArray) -> float:
         return float(error @ error / noise + (at - centre) @ precision @ (at - centre))
 
-    damping, growth, error = 1e-3, 2.0, misfit(params)
+    damping, growth, error = 100.0, 2.0, misfit(params)
     lowest, rows = cost(params, error), slopes(params)
     for _ in range(STEPS):
         hessian = rows.T @ rows / noise + precision
         downhill = -(rows.T @ error / noise + precision @ (params - centre))
-        weight = damping * np.diag(hessian)
+        weight = np.full(len(params), damping)  # in units of the priors, whose sds are about 1: 200 steps became 30
         step = np.linalg.solve(hessian + np.diag(weight), downhill)
         promised = float(step @ (downhill + weight * step))
-        if promised < DECREMENT:
+        if promised < stop:
             break
         trial = params + step
         trial_error = misfit(trial)
