@@ -1,8 +1,4 @@
-"""Which surrogate to trust, by nested cross-validation on the training runs alone, and how wide its intervals must be.
-
-n runs. Outer folds score each candidate, and score the choice too: for every outer fold the choice is made again by
-inner folds that never saw it.
-"""
+"""Which surrogate to trust, by nested cross-validation on the n training runs, and how wide its intervals must be."""
 
 from __future__ import annotations
 
@@ -164,7 +160,7 @@ def _best(errors: Mapping[str, FloatArray]) -> str:
 def _behind(errors: FloatArray, best: FloatArray, allowed: float) -> tuple[float, float, float]:
     """Mean excess of squared error beyond `allowed` standard errors; the excess; its standard error over runs."""
     difference = errors - best
-    excess, error = float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    excess, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return excess - allowed * error, excess, error
 
 
@@ -180,7 +176,7 @@ def _prefer(errors: Mapping[str, FloatArray], larger: bool) -> str:
 def _nest(
     trial: _Trial, weights: FloatArray, losses: FloatArray, seed: int, larger: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """Predictions and deviations [n] of the choice: for each outer fold by what its inner folds chose without it."""
+    """Predictions and deviations [n] of the choice: each outer fold by what inner folds chose that never saw it."""
     predicted, deviation = np.empty(len(losses)), np.empty(len(losses))
     for i, models in enumerate(trial.models):
         out, errors = trial.fold == i, {name: np.full(len(losses), np.nan) for name in trial.alive}
@@ -226,8 +222,6 @@ def choose(
     over. The standard error is that of the paired difference over runs; preference is the order of SURROGATES.
     repeats None: 3 up to 128 mixtures, 1 above. Raises ValueError for no names, or runs of a single mixture.
     """
-    if not names:
-        raise ValueError(f"no surrogates to choose from; there are {', '.join(SURROGATES)}")
     weights, losses = check_runs(weights, losses)
     mixtures = int(group_mixtures(weights).max()) + 1
     names = _affordable(names, mixtures)
@@ -260,6 +254,8 @@ def choose(
 
 def _affordable(names: Sequence[str], mixtures: int) -> Sequence[str]:
     """Without trees where the folds are too small for them, unless nothing else was asked for."""
+    if not names:
+        raise ValueError(f"no surrogates to choose from; there are {', '.join(SURROGATES)}")
     few = mixtures * 3 // 5 < LightGBM.NEEDS  # two of five folds are out
     return [n for n in names if not (few and n == LightGBM.name)] or names
 
