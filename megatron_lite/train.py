@@ -12,6 +12,7 @@ import torch
 from megatron_lite import resume, tally
 from megatron_lite.config import Config, config_hash, to_dict
 from megatron_lite.data.mixture import Mixture
+from megatron_lite.data.prefetch import Prefetch
 from megatron_lite.evaluate import EvalResult, evaluate, flatten
 from megatron_lite.files import atomic_write_json, folder_lock
 from megatron_lite.mesh import Mesh
@@ -67,8 +68,8 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
         report(run, plan.total_steps, "to draw")
         start = time.perf_counter()
         try:
-            with stop_signal() as stop, manual_gc():
-                results = loop(run, stop)
+            with stop_signal() as stop, manual_gc(), Prefetch(loader, plan.total_steps, mesh.device) as ahead:
+                results = loop(run, ahead, stop)
         finally:
             run.engine.close()
             run.saver.close()  # also after a signal: the checkpoint that is being written is the one to resume from
@@ -90,14 +91,14 @@ def report(run: Run, steps: int, what: str) -> None:
             print(f"{what}:\n{tally.table(found)}", flush=True)
 
 
-def loop(run: Run, stop: list[int]) -> dict[str, EvalResult]:
+def loop(run: Run, ahead: Prefetch, stop: list[int]) -> dict[str, EvalResult]:
     """Every step of the run, in order. ``stop`` fills when a signal arrives. Returns the last evaluation."""
     config, plan, mesh, engine = run.config, run.plan, run.mesh, run.engine
     results: dict[str, EvalResult] = {}
     watch = Stopwatch()
     while run.step < plan.total_steps:
         with watch.waiting_for_data():
-            micro_batches = run.loader.step(run.step)
+            micro_batches = ahead.step(run.step)
         local_tokens = torch.stack([b.loss_mask_BT.sum(dtype=torch.float64) for b in micro_batches]).sum()
         num_loss_tokens = mesh.sum(local_tokens.to(mesh.device)).item()
         last = run.step + 1 == plan.total_steps

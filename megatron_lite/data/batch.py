@@ -16,7 +16,10 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass
 class Batch:
-    """One micro-batch on the CPU, rows of seq_length tokens. labels_BT[b, t] is the token after tokens_BT[b, t]."""
+    """One micro-batch on the CPU, rows of seq_length tokens. labels_BT[b, t] is the token after tokens_BT[b, t].
+
+    Both may be views of one array [B, T + 1]: half of the memory to fill. Neither is to be written to.
+    """
 
     tokens_BT: Tensor  # int64
     labels_BT: Tensor  # int64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,7 +35,7 @@ class BlendedLoader:
 
     `change_mixture` says what is drawn from a later step on; domain indices are those of `names`. All shards,
     validation sets included, must come from one tokenizer. `vocab_size` is what token ids are checked against when no
-    sidecar says. Not for concurrent use.
+    sidecar says. One thread may draw while another changes the mixture.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class BlendedLoader:
         self.facts: dict[str, Any] = {}  # of each domain ever drawn: its tokens, and what tells its shards from others
         self._samples: dict[str, DomainSamples] = {}  # a domain that is never drawn is never opened
         self._sources: list[DomainSamples | None] = []  # by domain index
+        self._lock = threading.Lock()  # blend and gather belong together: for whoever draws, and whoever changes them
         self.blend = StagedBlend([], seed, self._kernels, global_batch_size)
         self.change_mixture(0, mixture)
         order = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
@@ -118,11 +120,12 @@ class BlendedLoader:
             sizes = (self.seq_length, self.global_batch_size)
             blend, self._samples = build_megatron(mixture, *sizes, self.seed, self._megatron, self._kernels)
         self._open(stage.drawn)
-        if len(past) == len(stages):
-            self.blend.add(stage, blend)
-        else:
-            self.blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
-        self._connect()
+        with self._lock:
+            if len(past) == len(stages):
+                self.blend.add(stage, blend)
+            else:
+                self.blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
+            self._connect()
 
     def _open(self, names: Iterable[str]) -> None:
         for name in [n for n in dict.fromkeys(names) if n in self.domains and n not in self._samples]:
@@ -144,8 +147,9 @@ class BlendedLoader:
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, counted from 0."""
-        blend, first, start = self.blend.at(step * self.global_batch_size)
-        rows: Rows = self._gather.step(blend, first, start, self.global_batch_size, self._mine)
+        with self._lock:
+            blend, first, start = self.blend.at(step * self.global_batch_size)
+            rows: Rows = self._gather.step(blend, first, start, self.global_batch_size, self._mine)
         return rows.split(self.micro_batch_size)
 
     def realised(self, consumed_samples: int) -> dict[str, int]:
@@ -176,8 +180,9 @@ class BlendedLoader:
             assert len(stages) == 1, "data.sample_order=megatron has one mixture from the first step to the last"
             return
         self._open(name for stage in stages for name in stage.drawn)
-        self.blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
-        self._connect()
+        with self._lock:
+            self.blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
+            self._connect()
 
     def fingerprint(self) -> str:
         """Changes when another order or other data would be drawn: shards, weights, seed, sample and batch size."""

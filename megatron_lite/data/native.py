@@ -26,7 +26,7 @@ from megatron_lite.data.indexed_writer import DTYPES
 from megatron_lite.data.quota import QuotaTree
 from megatron_lite.data.samples import NEEDS_EPOCH, DomainSamples, Shard
 
-VERSION = 4  # of the C interface: ml_version() in gather.cpp
+VERSION = 5  # of the C interface: ml_version() in gather.cpp
 NO_VOCAB = -1  # as an unsigned number: larger than any token
 RANDOM_ORDER = 0  # readahead.h
 
@@ -69,7 +69,7 @@ class _Blend(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = _fields(
         "domains blend mine start step_size begin count micro_batch_size seq_length vocab_size eod domain ordinal "
-        "tokens labels loss_mask position_ids cu_seqlens num_cu max_seqlen ahead_calls ahead_next "
+        "tokens loss_mask position_ids cu_seqlens num_cu max_seqlen ahead_calls ahead_next "
         "status shard document"
     )
 
@@ -203,12 +203,11 @@ class Gather(reference.Gather):
     def _allocate(self, count: int) -> Rows:
         """Rows in memory that was given out before and that nobody holds any more, if there is such."""
         call, options, shape = self._call, self.options, (count, self.seq_length)
-        plane = 8 * count * self.seq_length  # bytes
+        plane, end = 8 * count * self.seq_length, 8 * count * (self.seq_length + 1)  # bytes
         flat, base = self._borrow(
-            16 * count + (2 + options.reset_position_ids) * plane + options.eod_mask_loss * plane // 2
+            16 * count + end + options.reset_position_ids * plane + options.eod_mask_loss * plane // 2
         )
-        call.tokens, call.labels, end = base, base + plane, 2 * plane
-        tokens, labels = np.ndarray(shape, np.int64, flat), np.ndarray(shape, np.int64, flat, plane)
+        call.tokens, tokens = base, np.ndarray((count, self.seq_length + 1), np.int64, flat)
         position_ids = loss_mask = None
         if options.reset_position_ids:
             position_ids, call.position_ids = np.ndarray(shape, np.int64, flat, end), base + end
@@ -218,7 +217,7 @@ class Gather(reference.Gather):
         end += 16 * count
         if options.eod_mask_loss:
             loss_mask, call.loss_mask = np.ndarray(shape, np.float32, flat, end), base + end
-        return Rows(domain, ordinal, tokens, labels, loss_mask, position_ids)
+        return Rows(domain, ordinal, tokens[:, :-1], tokens[:, 1:], loss_mask, position_ids)
 
     def _borrow(self, size: int) -> tuple[npt.NDArray[np.uint8], int]:
         free = [i for i, (memory, user, _) in enumerate(self._pool) if user() is None and len(memory) == size]

@@ -118,7 +118,7 @@ class Gather:
                     raise self._fault(status, which, j, shard, document)
                 row[filled : filled + count] = piece
                 filled += count
-        rows = Rows(domain.astype(np.int64), ordinal, tokens[:, :-1].copy(), tokens[:, 1:].copy())
+        rows = Rows(domain.astype(np.int64), ordinal, tokens[:, :-1], tokens[:, 1:])
         if self.options.any:
             mark_documents(rows, self.options, self.micro_batch_size)
         return rows

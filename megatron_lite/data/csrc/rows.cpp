@@ -3,30 +3,27 @@
 namespace {
 
 template <typename T>
-ML_INLINE bool widen_as(const uint8_t* source, int64_t count, int64_t short_by, int64_t skip, int64_t* tokens,
-                        int64_t* labels, uint64_t vocab_size) {
+ML_INLINE bool widen_as(const uint8_t* source, int64_t count, int64_t* tokens, uint64_t vocab_size) {
   const T* from = reinterpret_cast<const T*>(source);  // aligned: a .bin is mapped, pieces start at whole tokens
   T low = 0, high = 0;
   for (int64_t i = 0; i < count; ++i) {
     low = from[i] < low ? from[i] : low;
     high = from[i] > high ? from[i] : high;
   }
-  for (int64_t i = 0; i < count - short_by; ++i) tokens[i] = static_cast<int64_t>(from[i]);
-  for (int64_t i = 0; i < count - skip; ++i) labels[i] = static_cast<int64_t>(from[skip + i]);
+  for (int64_t i = 0; i < count; ++i) tokens[i] = static_cast<int64_t>(from[i]);
   return low >= 0 && static_cast<uint64_t>(high) < vocab_size;
 }
 
 }  // namespace
 
-ML_CLONES bool widen(int64_t dtype_code, const uint8_t* source, int64_t count, int64_t short_by, int64_t skip,
-                     int64_t* tokens, int64_t* labels, uint64_t vocab_size) {
+ML_CLONES bool widen(int64_t dtype_code, const uint8_t* source, int64_t count, int64_t* tokens, uint64_t vocab_size) {
   switch (dtype_code) {
-    case 1: return widen_as<uint8_t>(source, count, short_by, skip, tokens, labels, vocab_size);
-    case 2: return widen_as<int8_t>(source, count, short_by, skip, tokens, labels, vocab_size);
-    case 3: return widen_as<int16_t>(source, count, short_by, skip, tokens, labels, vocab_size);
-    case 4: return widen_as<int32_t>(source, count, short_by, skip, tokens, labels, vocab_size);
-    case 5: return widen_as<int64_t>(source, count, short_by, skip, tokens, labels, vocab_size);
-    default: return widen_as<uint16_t>(source, count, short_by, skip, tokens, labels, vocab_size);
+    case 1: return widen_as<uint8_t>(source, count, tokens, vocab_size);
+    case 2: return widen_as<int8_t>(source, count, tokens, vocab_size);
+    case 3: return widen_as<int16_t>(source, count, tokens, vocab_size);
+    case 4: return widen_as<int32_t>(source, count, tokens, vocab_size);
+    case 5: return widen_as<int64_t>(source, count, tokens, vocab_size);
+    default: return widen_as<uint16_t>(source, count, tokens, vocab_size);
   }
 }
 

@@ -3,10 +3,8 @@
 
 #include "permutation.h"
 
-// `count` tokens to `tokens` (all but the last `short_by`) and, from the `skip`-th on, to `labels`.
-// False when one of them is negative or not below vocab_size.
-bool widen(int64_t dtype_code, const uint8_t* source, int64_t count, int64_t short_by, int64_t skip, int64_t* tokens,
-           int64_t* labels, uint64_t vocab_size);
+// `count` tokens to `tokens`. False when one of them is negative or not below vocab_size.
+bool widen(int64_t dtype_code, const uint8_t* source, int64_t count, int64_t* tokens, uint64_t vocab_size);
 
 struct Marks {  // what a row's documents give; null is not wanted
   float* loss_mask;       // [seq_length]: 0 where the input is EOD
