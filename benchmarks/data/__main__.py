@@ -1,10 +1,10 @@
-"""Reading data against megatron-core's own classes, in one run on the same synthetic shards.
+"""Reading data against megatron-core's own classes, in one run on the same synthetic shards; then benchmarks.tokenise.
 
-    python -m benchmarks.data [--json] [--only KEY,...] [--scale small|full] [--dir FOLDER]
+    python -m benchmarks.data [--json] [--only KEY,...] [--scale full|small] [--dir FOLDER]
 
 Each figure is taken in a process of its own, in CPU seconds without imports, `cold` by the clock. `full` is what the
-targets speak of: 100M documents, 15 GB of disk, 20 minutes. `small` has a fiftieth of the documents and takes a minute
-or two; its ratios of what grows with the data are smaller. Needs the bench extra (megatron-core).
+targets speak of: 100M documents, 5 GB of disk, 10 minutes. `small` has a fiftieth of the documents and takes a few
+minutes; its ratios of what grows with the data are smaller. Needs the bench and fast extras (megatron-core, gigatoken).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tokenise
 from benchmarks.data.cases import SEQ_LENGTH
 from benchmarks.data.shards import Corpus, write_hollow
 from benchmarks.table import Row, cost_row, print_rows, rate_row
@@ -31,7 +32,8 @@ READS = {  # key: our sample order, masks
     "masks": ("documents", True),
     "masks_contiguous": ("contiguous", True),
 }
-KEYS = ("open_17", "open_1000", *BLENDS, *READS, "cold", "megatron_index")
+TEXT = ("tokenize", "tokenize_fast")  # measured together, by benchmarks.tokenise
+KEYS = ("open_17", "open_1000", *BLENDS, *READS, "cold", "megatron_index", *TEXT)
 
 
 class Bench:
@@ -73,9 +75,8 @@ class Bench:
     def opening(self, key: str) -> list[Row]:
         """Opening, nothing cached; with what is allocated and left on disk. 1,000 domains also against its cache."""
         wide = key == "open_1000"
-        corpus = Corpus(
-            key, 1000 if wide else 17, (10_000 if wide else 100_000_000 // 17) // self.scale, 50 if wide else 24
-        )
+        domains, documents = (1000, 10_000) if wide else (17, 100_000_000 // 17)
+        corpus = Corpus(key, domains, documents // self.scale, 500, hollow=True)
         case = self.shards(corpus)
         ours, peer = self.both("open_first", **case)
         rows = [cost_row(key, ours, peer, f"CPU-s, {corpus.domains} domains, {corpus.documents:,} documents each")]
@@ -115,7 +116,7 @@ class Bench:
     def megatron_index(self, key: str) -> list[Row]:
         """Megatron's three indices over one shard; a difference in one entry is an error."""
         prefix, documents = str(self.folder / "hollow" / "train_d0"), 100_000_000 // self.scale
-        write_hollow(prefix, documents, 500)
+        write_hollow(prefix, documents, 500, sidecar=False)
         case = {"prefixes": [prefix], "samples": documents * 200 // SEQ_LENGTH}  # less than an epoch: one
         peer = self.measure("megatron_index", "peer", **case)["cpu_s"]
         ours = self.measure("megatron_index", "ours", **case, keep_cache=True)["cpu_s"]
@@ -130,14 +131,17 @@ class Bench:
         return of[key](key)
 
 
-def run(keys: Sequence[str] = KEYS, scale: str = "small", folder: str | None = None) -> list[Row]:
+def run(keys: Sequence[str] = KEYS, scale: str = "full", folder: str | None = None) -> list[Row]:
     """These rows; the shards go to a temporary folder inside `folder` and are removed."""
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=folder) as room:
         bench = Bench(Path(room), 50 if scale == "small" else 1)
-        for key in keys:
+        for key in [key for key in keys if key not in TEXT]:
             rows += bench.rows(key)
             print(f"{key} done", file=sys.stderr)
+    if text := set(keys) & set(TEXT):
+        found = tokenise.run(250 if scale == "full" else 50, folder=folder)
+        rows += [row for row in found if row.key.removesuffix("_rss") in text]
     return rows
 
 
@@ -146,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--only", default=",".join(KEYS), help="rows to measure, with commas between")
-    parser.add_argument("--scale", choices=("small", "full"), default="small", help="full: 100M documents")
+    parser.add_argument("--scale", choices=("full", "small"), default="full", help="full: 100M documents")
     parser.add_argument("--dir", help="where the shards are written (default: the system's temporary folder)")
     args = parser.parse_args(argv)
     keys = args.only.split(",")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_hexdigest
 
 from megatron_lite.data.indexed_writer import IndexedWriter, write_index
-from megatron_lite.data.sidecar import ShardMeta, read_meta, write_meta
+from megatron_lite.data.sidecar import CHECKSUM_BLOCK, Layout, ShardMeta, measure_layout, read_meta, write_meta
 
 VOCAB, EOD, SEED = 32_000, 0, 1234
 PIECE = 1 << 14  # documents made at once; a shard repeats its piece, so that making it costs little
@@ -23,6 +24,7 @@ class Corpus:
     domains: int
     documents: int
     mean: float
+    hollow: bool = False  # see write_hollow
 
     def prefixes(self, folder: Path) -> list[str]:
         """Where the shards are."""
@@ -31,7 +33,10 @@ class Corpus:
     def write(self, folder: Path) -> None:
         """All shards, with sidecars."""
         for i, prefix in enumerate(self.prefixes(folder)):
-            _write(prefix, self.documents, self.mean, np.random.default_rng([i, self.documents]))
+            if self.hollow:
+                write_hollow(prefix, self.documents, self.mean)
+            else:
+                _write(prefix, self.documents, self.mean, np.random.default_rng([i, self.documents]))
 
     def samples(self, folder: Path, seq_length: int) -> int:
         """Samples that nine tenths of an epoch of the shards hold."""
@@ -43,14 +48,20 @@ def _lengths(mean: float, size: int, rng: np.random.Generator) -> np.ndarray:
     return np.maximum(2, rng.lognormal(np.log(mean) - 0.5, 1.0, size)).astype(np.int64)  # sigma 1, as web text has
 
 
-def write_hollow(prefix: str, documents: int, mean: float) -> None:
-    """A shard whose .bin is one hole: index builds read lengths alone. Without a sidecar."""
+def write_hollow(prefix: str, documents: int, mean: float, sidecar: bool = True) -> None:
+    """A shard whose .bin is one hole, so that 100 GB need no disk: for what reads an index and hardly a token."""
     rng = np.random.default_rng(documents)
     lengths = np.resize(_lengths(mean, PIECE * 61, rng), documents).astype(np.int32)
+    tokens, (idx, raw) = int(lengths.sum(dtype=np.int64)), (prefix + ".idx", prefix + ".bin")
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
-    with open(prefix + ".bin", "wb") as file:
-        file.truncate(2 * int(lengths.sum(dtype=np.int64)))
-    write_index(prefix + ".idx", np.dtype("<u2"), lengths)
+    with open(raw, "wb") as file:
+        file.truncate(2 * tokens)
+    checksums = write_index(idx, np.dtype("<u2"), lengths)
+    if sidecar:
+        blocks, rest = divmod(2 * tokens, CHECKSUM_BLOCK)
+        zeros = [xxh3_64_hexdigest(bytes(size)) for size in (CHECKSUM_BLOCK, rest)]
+        layout = measure_layout(idx, raw, lengths, blocks * zeros[:1] + zeros[1:], checksums)
+        _write_meta(prefix, documents, tokens, layout)
 
 
 def _write(prefix: str, documents: int, mean: float, rng: np.random.Generator) -> None:
@@ -62,9 +73,13 @@ def _write(prefix: str, documents: int, mean: float, rng: np.random.Generator) -
         while writer.num_documents < documents:
             take = min(size, documents - writer.num_documents)
             writer.add_documents(tokens[: lengths[:take].sum()], lengths[:take])
+    _write_meta(prefix, writer.num_documents, writer.num_tokens, writer.layout)
+
+
+def _write_meta(prefix: str, documents: int, tokens: int, layout: Layout) -> None:
     meta = ShardMeta(
-        tokenizer_sha256="synthetic", vocab_size=VOCAB, eod_id=EOD, num_documents=writer.num_documents,
-        num_tokens=writer.num_tokens, num_bytes=4 * writer.num_tokens, dtype="uint16", layout=writer.layout,
+        tokenizer_sha256="synthetic", vocab_size=VOCAB, eod_id=EOD, num_documents=documents, num_tokens=tokens,
+        num_bytes=4 * tokens, dtype="uint16", layout=layout,
     )  # fmt: skip
     write_meta(prefix, meta)
 

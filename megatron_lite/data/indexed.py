@@ -38,10 +38,12 @@ class IndexedDataset:
     Opening takes constant time where the sidecar has a layout of these very files: then the .idx is not read, `checked`
     is False, and whoever follows pointers must keep them inside the .bin, as [i] does, or call check() first. Any other
     shard is checked whole. Arrays are mapped when first asked for and own their map, and [i] is a copy, so nothing
-    dangles when the dataset is collected. GPT-NeoX swaps the two float codes: say so.
+    dangles when the dataset is collected. GPT-NeoX swaps the two float codes: say so. `meta`: its sidecar, if read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], neox_float_codes: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], neox_float_codes: bool = False, meta: ShardMeta | None = None
+    ) -> None:
         self.prefix = resolve_prefix(path)
         self._idx_path, self._bin_path = self.prefix + ".idx", self.prefix + ".bin"
         (idx, idx_probe), (raw, bin_probe) = map_file(self._idx_path), map_file(self._bin_path)
@@ -54,7 +56,7 @@ class IndexedDataset:
         self.document_indices: npt.NDArray[np.int64] = idx[ends[2] : ends[3]].view("<i8")
         self.modes: npt.NDArray[np.int8] | None = idx[ends[3] :].view("i1") if idx.size > ends[3] else None
         self.tokens: npt.NDArray[Any] = raw[: raw.size - raw.size % self.dtype.itemsize].view(self.dtype)
-        self.meta = read_meta(self.prefix)
+        self.meta = meta or read_meta(self.prefix)
         layout = self.meta.layout if self.meta else None
         self.checked = not (layout and layout.contiguous and layout.sequences_are_documents) or (
             (layout.bin_size, layout.idx_size) != (raw.size, idx.size)

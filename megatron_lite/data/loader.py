@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_lite.data.megatron_order import MegatronOptions, build_megatron
 from megatron_lite.data.mixture import Domain, Mixture
 from megatron_lite.data.native import kernels as default_kernels
 from megatron_lite.data.samples import DomainSamples, SampleOrder
-from megatron_lite.data.sidecar import TokenizerFacts, shared_facts
+from megatron_lite.data.sidecar import ShardMeta, TokenizerFacts, read_meta, shared_facts
 from megatron_lite.data.stages import Stage, StagedBlend, resumed_stages
 
 __all__ = ["Batch", "BlendedLoader", "EvalSet", "TokenizerFacts"]
@@ -106,11 +106,12 @@ class BlendedLoader:
                     f"{mixture.path or 'mixture'}: domain {domain.name!r} is {', '.join(domain.prefixes)}, before step "
                     f"{first_step} it was {', '.join(known.prefixes)}: other data is another domain, give it a new name"
                 )
-        past = [stage for stage in stages if stage.first_step < first_step]
+        past, metas = [stage for stage in stages if stage.first_step < first_step], dict[str, ShardMeta | None]()
         valid = {**self.valid, **mixture.valid}
         if (domains.keys(), valid) != (self.domains.keys(), self.valid):
-            train = [prefix for domain in domains.values() for prefix in domain.prefixes]
-            self.meta = shared_facts([*train, *(prefix for prefixes in valid.values() for prefix in prefixes)])
+            shards = [*(domain.prefixes for domain in domains.values()), *valid.values()]
+            metas = {prefix: read_meta(prefix) for prefixes in shards for prefix in prefixes}
+            self.meta = shared_facts(metas)
         self.domains, self.valid = domains, valid
         stage = Stage(first_step, dict(zip(mixture.names, mixture.weights.tolist(), strict=True)), self.seq_length)
         blend = None
@@ -119,7 +120,7 @@ class BlendedLoader:
                 raise ValueError("data.sample_order=megatron has one mixture from the first step to the last")
             sizes = (self.seq_length, self.global_batch_size)
             blend, self._samples = build_megatron(mixture, *sizes, self.seed, self._megatron, self._kernels)
-        self._open(stage.drawn)
+        self._open(stage.drawn, metas)
         with self._lock:
             if len(past) == len(stages):
                 self.blend.add(stage, blend)
@@ -127,9 +128,9 @@ class BlendedLoader:
                 self.blend = StagedBlend([*past, stage], self.seed, self._kernels, self.global_batch_size)
             self._connect()
 
-    def _open(self, names: Iterable[str]) -> None:
+    def _open(self, names: Iterable[str], metas: Mapping[str, ShardMeta | None]) -> None:
         for name in [n for n in dict.fromkeys(names) if n in self.domains and n not in self._samples]:
-            datasets = [IndexedDataset(prefix) for prefix in self.domains[name].prefixes]
+            datasets = [IndexedDataset(prefix, meta=metas.get(prefix)) for prefix in self.domains[name].prefixes]
             samples = DomainSamples(datasets, self.seq_length, self.seed, name, self._kernels, self._sample_order)
             self._samples[name] = samples
         for name, samples in self._samples.items():
@@ -179,7 +180,7 @@ class BlendedLoader:
         if self._megatron:
             assert len(stages) == 1, "data.sample_order=megatron has one mixture from the first step to the last"
             return
-        self._open(name for stage in stages for name in stage.drawn)
+        self._open((name for stage in stages for name in stage.drawn), {})
         with self._lock:
             self.blend = StagedBlend(stages, self.seed, self._kernels, self.global_batch_size, earliest)
             self._connect()

@@ -101,6 +101,10 @@ class DomainSamples:
         for dataset in datasets:
             if dataset.dtype.kind == "f":
                 raise ValueError(f"{self._where}: {dataset.prefix}.idx holds {dataset.dtype.name}; tokens are integers")
+            if dataset.modes is not None and dataset.modes.any():
+                raise ValueError(
+                    f"{self._where}: {dataset.prefix}.idx holds modes: it is multimodal, and only text is read"
+                )
             if order == "contiguous":
                 if not dataset.contiguous:
                     raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -191,16 +191,16 @@ class TokenizerFacts:
     tokenizer_sha256: str | None
 
 
-def shared_facts(prefixes: Sequence[str]) -> TokenizerFacts:
-    """The tokenizer behind these shards. ValueError names two that disagree. Shards without a sidecar are not asked."""
-    metas = [(prefix, meta) for prefix in prefixes if (meta := read_meta(prefix))]
-    for prefix, meta in metas:
+def shared_facts(metas: Mapping[str, ShardMeta | None]) -> TokenizerFacts:
+    """The tokenizer behind shards, from their sidecars by prefix (None: has none). ValueError names two that differ."""
+    known = [(prefix, meta) for prefix, meta in metas.items() if meta]
+    for prefix, meta in known:
         for key in ("tokenizer_sha256", "vocab_size", "eod_id"):
-            ours, theirs = getattr(metas[0][1], key), getattr(meta, key)
+            ours, theirs = getattr(known[0][1], key), getattr(meta, key)
             if ours != theirs:
                 raise ValueError(
-                    f"{prefix}.meta.json says {key} {theirs!r}, {metas[0][0]}.meta.json says {ours!r}: "
+                    f"{prefix}.meta.json says {key} {theirs!r}, {known[0][0]}.meta.json says {ours!r}: "
                     "all shards of a mixture need one tokenizer; tokenise one of the two again"
                 )
-    known = [TokenizerFacts(meta.vocab_size, meta.eod_id, meta.tokenizer_sha256) for _, meta in metas[:1]]
-    return known[0] if known else TokenizerFacts(None, None, None)
+    facts = [TokenizerFacts(meta.vocab_size, meta.eod_id, meta.tokenizer_sha256) for _, meta in known[:1]]
+    return facts[0] if facts else TokenizerFacts(None, None, None)

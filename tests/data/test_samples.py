@@ -1,6 +1,7 @@
 """Samples of a domain: true epochs, whole documents in the stream, and the same answer however one asks."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +122,15 @@ def test_scattered_sentences_are_refused(tmp_path):
     pointers = np.repeat(np.arange(10), 2) * 40  # each pair of sentences overlaps
     with pytest.raises(ValueError, match="sentences of a document are not end to end"):
         DomainSamples([write_sentences(tmp_path, pointers)], 3, 0, "d", reference)
+
+
+def test_multimodal_shards_are_refused_by_name(make_shard, kernels):
+    """Modes are not flagged in the file; its size gives them away. All 0 is text."""
+    path = Path(make_shard("m", [20, 20, 20]).prefix + ".idx")
+    index = path.read_bytes()
+    path.write_bytes(index + bytes([0, 0, 0]))
+    assert DomainSamples([IndexedDataset(path)], 4, 0, "d", kernels).samples_per_epoch == 14
+    path.write_bytes(index + bytes([0, 1, 0]))
+    for order in ("documents", "contiguous"):
+        with pytest.raises(ValueError, match=r"domain 'd' \(.*/m\): .*/m\.idx holds modes.* it is multimodal"):
+            DomainSamples([IndexedDataset(path)], 4, 0, "d", kernels, order)

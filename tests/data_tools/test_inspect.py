@@ -34,6 +34,13 @@ def test_describe_and_decode(shard: Path, hf: Path, capsys: pytest.CaptureFixtur
     assert document_text(IndexedDataset(shard), -300, str(hf)) == make_texts(300)[0] + "<|endoftext|>"
 
 
+def test_shuffled_shards_are_advised_to_be_read_contiguously(tmp_path: Path, corpus: Path, hf: Path) -> None:
+    advice = "shuffled when written: data.sample_order=contiguous is safe"
+    for seed, expected in ((None, False), (0, True), (7, True)):
+        preprocess(corpus, tmp_path / f"train_{seed}", hf, workers=1, shuffle_seed=seed)
+        assert (advice in describe(IndexedDataset(tmp_path / f"train_{seed}_text_document"))) == expected
+
+
 def test_a_shard_without_sidecar_or_documents(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "empty", np.uint16):
         pass
