@@ -37,6 +37,7 @@ def shard_of(lengths, dtype="uint16", seed=0, name="shard"):
         lengths=lengths,
         pointers=pointers,
         num_tokens=len(tokens),
+        modes=None,
         contiguous=True,
         sequences_are_documents=True,
         block_tokens=count_blocks(lengths),
