@@ -137,8 +137,10 @@ def run(keys: Sequence[str] = KEYS, scale: str = "full", folder: str | None = No
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=folder) as room:
         bench = Bench(Path(room), 50 if scale == "small" else 1)
         for key in [key for key in keys if key not in TEXT]:
-            rows += bench.rows(key)
-            print(f"{key} done", file=sys.stderr)
+            found = bench.rows(key)
+            for row in found:  # at once: what is measured is not lost if a later row fails
+                print(f"{row.key}: {row.ours:.4g} against {row.peer:.4g} {row.unit}", file=sys.stderr, flush=True)
+            rows += found
     if text := set(keys) & set(TEXT):
         found = tokenise.run(250 if scale == "full" else 50, folder=folder)
         rows += [row for row in found if row.key.removesuffix("_rss") in text]

@@ -51,7 +51,7 @@ def _lengths(mean: float, size: int, rng: np.random.Generator) -> np.ndarray:
 def write_hollow(prefix: str, documents: int, mean: float, sidecar: bool = True) -> None:
     """A shard whose .bin is one hole, so that 100 GB need no disk: for what reads an index and hardly a token."""
     rng = np.random.default_rng(documents)
-    lengths = np.resize(_lengths(mean, PIECE * 61, rng), documents).astype(np.int32)
+    lengths = np.resize(_lengths(mean, min(documents, PIECE * 61), rng), documents).astype(np.int32)
     tokens, (idx, raw) = int(lengths.sum(dtype=np.int64)), (prefix + ".idx", prefix + ".bin")
     os.makedirs(os.path.dirname(prefix), exist_ok=True)
     with open(raw, "wb") as file:
