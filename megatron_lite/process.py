@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import torch
 
 GC_EVERY = 1000  # steps between garbage collections, the same on every rank: a step leaves no cycles of tensors
-
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
