@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 
@@ -156,8 +157,6 @@ def finished(config: Config, run_hash: str) -> RunResult | None:
     path = config.run_dir / "result.json"
     if config.checkpoint.resume == "never" or not path.is_file():
         return None
-    import json
-
     result = RunResult(**json.loads(path.read_text(encoding="utf-8")))
     return result if result.run_hash == run_hash else None
 
