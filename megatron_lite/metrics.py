@@ -24,6 +24,7 @@ CONSOLE_KEYS = (
     ("perf/data_wait", "data wait {:.1%}"),
     ("perf/memory_gib", "{:.2f} GiB"),
     ("perf/mfu", "mfu {:.1%}"),
+    ("perf/peak_flops", "of {:.4g} FLOP/s"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig, ScheduleConfig
 from megatron_lite.mesh import TensorParallel
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # AdamW's two; Muon's
+Slices = Mapping[nn.Parameter, nn.Parameter]  # parameter -> what the optimizer has in its place
 
 
 def learning_rate(step: int, total_steps: int, lr: float, schedule: ScheduleConfig) -> float:
@@ -111,6 +115,26 @@ def apex_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
                         self.state[param]["step"] = torch.tensor(float(group["step"]))
 
     return ApexAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
+
+
+def moments(module: nn.Module, optimizer: Any, slices: Slices | None = None) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name; AdamW's is zeros before the first step."""
+    out = {"step": torch.zeros(())}
+    for name, param in module.named_parameters():
+        mine = slices[param] if slices else param
+        state = optimizer.state.get(mine) or {m: torch.zeros_like(mine) for m in ("exp_avg", "exp_avg_sq")}
+        out |= {f"{moment}/{name}": tensor for moment, tensor in state.items() if moment != "step"}
+        if "step" in state:
+            out["step"] = torch.as_tensor(state["step"]).detach().float().cpu().reshape(())
+    return out
+
+
+def set_moments(module: nn.Module, optimizer: Any, state: dict[str, Tensor], slices: Slices | None = None) -> None:
+    """Puts ``moments`` back, on the parameters' device. Fused AdamW keeps its step count beside the parameter."""
+    for name, param in module.named_parameters():
+        mine = slices[param] if slices else param
+        kept = {m: state[f"{m}/{name}"].clone().to(param.device) for m in MOMENTS if f"{m}/{name}" in state}
+        optimizer.state[mine] = {"step": state["step"].clone().to(param.device), **kept}
 
 
 def clip_grad_norm(module: nn.Module, clip_grad: float, tp: TensorParallel) -> float:

@@ -12,6 +12,8 @@ from megatron_lite.shape import ModelShape, padded_vocab_size, resolve_shape
 # Dense bf16 peaks in FLOP/s from NVIDIA's data sheets (SXM parts); an unknown device gets no MFU at all.
 PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "GH200": 989.5e12, "A100": 312e12, "B200": 2250e12}
 
+FLOPS_OF = "PaLM's 6N + 12LdS: N multiplies, head included; attention's whole square"  # what flops_per_token counts
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,16 +85,12 @@ class Plan:
             ("parameters", f"{self.params:,} ({self.non_embedding_params:,} without embeddings)"),
             ("batch", f"{self.tokens_per_step:,} tokens a step = {split}, sequences of {s.seq_length:,}"),
             ("budget", f"{self.total_steps:,} steps, {self.total_tokens:,} tokens"),
-            ("compute", f"{self.flops_per_token:,} FLOPs a token (6N + 12LdS), {self.total_flops:.3g} in all"),
+            ("compute", f"{self.flops_per_token:,} FLOPs a token, {self.total_flops:.3g} in all ({FLOPS_OF})"),
             ("engine", f"{self.engine}, ZeRO {self.zero_stage}, {self.precision}"),
         ]
         if tokens_per_s:
-            rows.append(
-                (
-                    "expected",
-                    f"{duration(self.total_tokens / tokens_per_s)} at {tokens_per_s:,.0f} tokens/s {rate_source}",
-                )
-            )
+            time = duration(self.total_tokens / tokens_per_s)
+            rows.append(("expected", f"{time} at {tokens_per_s:,.0f} tokens/s {rate_source}"))
         return "\n".join(f"  {name:<11} {text}" for name, text in rows)
 
 

@@ -19,7 +19,7 @@ from megatron_lite.engine import Engine, build_engine, choose_kernels, optim_nam
 from megatron_lite.files import atomic_write, atomic_write_json
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import Metrics
-from megatron_lite.plan import Plan, grad_accum_steps
+from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
 from megatron_lite.shape import DEFAULT_VOCAB_SIZE
 from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_shapes
 from megatron_lite.weights import initial_weights
@@ -37,6 +37,7 @@ class Run:
     eval_sets: list[EvalSet]
     engine: Engine
     saver: checkpoint.Saver
+    peak_flops: float | None = None  # dense bf16 FLOP/s of one device by its data sheet, where it is known
     metrics: Metrics | None = None  # rank 0 only
     step: int = 0  # optimizer steps completed; consumed samples follow from it
     allowed: list[Any] = dataclasses.field(default_factory=list)  # what changed at resumes, for the record
@@ -98,7 +99,8 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
     ]
     saver = checkpoint.Saver(config.run_dir, config.checkpoint.keep, config.checkpoint.async_save)
     kernels = choose_kernels(config, mesh.device)
-    run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver)
+    peak = peak_flops(torch.cuda.get_device_name()) if mesh.device.type == "cuda" else None
+    run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver, peak)
     load(run)
     if mesh.is_main:
         run_dir = config.run_dir
@@ -109,7 +111,8 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         if config.log.console:
             new = f"new run from {config.init_from}" if config.init_from else "new run"
             begun = f"resumed at step {run.step}" if run.step else new
-            print(f"{config.name}: {begun}\n{plan.table()}\n  kernels     {kernels}")
+            mfu = f"of {peak:.4g} FLOP/s a GPU, its dense bf16 peak" if peak else "no peak is known for this device"
+            print(f"{config.name}: {begun}\n{plan.table()}\n  kernels     {kernels}\n  mfu         {mfu}")
     return run
 
 

@@ -19,7 +19,6 @@ from megatron_lite.files import atomic_write_json, folder_lock
 from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import Stopwatch
 from megatron_lite.optim import learning_rate
-from megatron_lite.plan import peak_flops
 from megatron_lite.process import collect_garbage, manual_gc, stop_signal, use_cpu
 from megatron_lite.run import Run, build, load_mixture, resolve, save
 
@@ -136,9 +135,9 @@ def log(run: Run, values: dict[str, float]) -> None:
     """One line of metrics on rank 0, with the model FLOPs utilisation where the GPU's peak is known."""
     if run.metrics is None:
         return
-    peak = peak_flops(torch.cuda.get_device_name()) if run.mesh.device.type == "cuda" else None
-    if peak:
+    if peak := run.peak_flops:
         values["perf/mfu"] = values["perf/tokens_per_s"] * run.plan.flops_per_token / (peak * run.mesh.size)
+        values["perf/peak_flops"] = peak
     run.metrics.train(run.step, values)
 
 

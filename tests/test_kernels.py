@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 import megatron_lite.tensor_parallel.loss as loss_module
 from megatron_lite.config import OptimConfig
-from megatron_lite.engine.torch_engine import moments, set_moments
-from megatron_lite.optim import adamw_name, apex_adamw, build_optimizer, param_groups
+from megatron_lite.optim import adamw_name, apex_adamw, build_optimizer, moments, param_groups, set_moments
 from megatron_lite.tensor_parallel.loss import VocabRows, token_losses, weighted_loss
 
 ROWS, HIDDEN, VOCAB = 11, 8, 30

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite.metrics import Metrics, Stopwatch, read_jsonl
 from megatron_lite.testing import tiny_config, write_tiny_shards
-from megatron_lite.train import train
+from megatron_lite.train import log, train
 
 
 class FakeWandb(types.ModuleType):
@@ -53,6 +53,26 @@ def test_wandb_that_is_missing_is_a_setting_to_change(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"log\.wandb: wandb is not installed"):
         Metrics(tiny_config(tmp_path, "log.wandb=true"), 10, 0)
+
+
+def test_mfu_is_printed_beside_the_peak_that_it_is_a_part_of(tmp_path, capsys):
+    metrics = Metrics(tiny_config(tmp_path, "log.console=true"), 10, 0)
+    plan = types.SimpleNamespace(flops_per_token=2_000_000)
+    mesh = types.SimpleNamespace(size=4)
+    run = types.SimpleNamespace(metrics=metrics, plan=plan, mesh=mesh, step=3, peak_flops=989.5e12)
+    log(run, {"perf/tokens_per_s": 1e9})
+    assert "| mfu 50.5% | of 9.895e+14 FLOP/s" in capsys.readouterr().out  # 2e6 * 1e9 / (4 * 989.5e12)
+    run.peak_flops = None
+    log(run, {"perf/tokens_per_s": 1e9})
+    assert "mfu" not in capsys.readouterr().out
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert rows[0]["perf/peak_flops"] == 989.5e12 and "perf/mfu" not in rows[1]
+
+
+def test_a_run_says_what_its_flops_count_and_what_mfu_is_of(tmp_path, capsys):
+    train(tiny_config(tmp_path / "run", "log.console=true"), write_tiny_shards(tmp_path / "shards"))
+    out = capsys.readouterr().out
+    assert "PaLM's 6N + 12LdS: N multiplies, head included" in out and "mfu         no peak is known" in out
 
 
 def test_the_stopwatch_counts_steps_and_the_share_of_waiting():

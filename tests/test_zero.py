@@ -11,10 +11,9 @@ from torch import nn
 from megatron_lite.config import OptimConfig
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.engine import zero
-from megatron_lite.engine.torch_engine import moments, set_moments
 from megatron_lite.engine.zero import ZeroAdamW
 from megatron_lite.mesh import Mesh
-from megatron_lite.optim import build_optimizer, param_groups
+from megatron_lite.optim import build_optimizer, moments, param_groups, set_moments
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import train
 
@@ -40,14 +39,13 @@ def sharded_steps(state: dict | None) -> tuple[dict, dict, int]:
     warnings.simplefilter("error", FutureWarning)  # torch 2.13 has another name for a collective of before
     zero.BUCKET = 16  # several collectives, one of them for a parameter above the limit
     mesh, module = Mesh.from_env(), odd_module()
-    optimizer = ZeroAdamW(module, param_groups(module, CONFIG.weight_decay), CONFIG, None, mesh.rank, mesh.size)
+    optimizer = ZeroAdamW(module, param_groups(module, CONFIG.weight_decay), CONFIG, mesh)
     if state:
         optimizer.set_moments(state)
     for step in range(3):
         set_grads(module, step)
         optimizer.step()
-        optimizer.zero_grad()
-        assert all(p.grad is None for p in module.parameters())
+        assert all(piece.grad is None for piece in optimizer.slices.values())
     held = sum(s["exp_avg"].numel() for s in optimizer.optimizer.state.values())
     out = {k: v.clone() for k, v in module.state_dict().items()}, optimizer.moments(), held
     mesh.close()

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_lite import optim
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
 from megatron_lite.engine import StepStats
-from megatron_lite.engine.torch_engine import compile_in_place, moments, set_moments, summed_loss
+from megatron_lite.engine.torch_engine import compile_in_place, summed_loss
 from megatron_lite.mesh import MegatronUnit, Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, clip_grad_norm, hidden_lr_scale, param_groups, set_learning_rate
 from megatron_lite.plan import Plan
 
 OWNED = {  # DeepSpeed's key: the key of ours that decides it
@@ -47,8 +47,8 @@ class DeepSpeedEngine:
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
-        groups = param_groups(self.module, config.optim.weight_decay, hidden_lr_scale(plan.shape.mup_width))
-        self.optimizer = build_optimizer(groups, config.optim)
+        groups = optim.param_groups(self.module, config.optim.weight_decay, optim.hidden_lr_scale(plan.shape.mup_width))
+        self.optimizer = optim.build_optimizer(groups, config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
         _ensure_process_group(mesh)
         self.engine, *_ = deepspeed.initialize(
@@ -73,13 +73,13 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> StepStats:
         """See Engine.step. From ZeRO 1 on the norm is known after the update, so a non-finite one is only reported."""
-        set_learning_rate(self.engine.optimizer.param_groups, lr)
+        optim.set_learning_rate(self.engine.optimizer.param_groups, lr)
         if self.stage > 0:
             self.engine.step()
             norm = float(self.engine.get_global_grad_norm())
             return StepStats(norm, skipped=not math.isfinite(norm))
         # at stage 0 DeepSpeed clips and forgets the norm; gradients are reduced by now, so we clip ourselves
-        norm = clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
+        norm = optim.clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
         if math.isfinite(norm):
             self.engine.step()
         return StepStats(norm, skipped=not math.isfinite(norm))
@@ -87,7 +87,7 @@ class DeepSpeedEngine:
     def state_dict(self) -> dict[str, Tensor]:
         """See Engine.state_dict: ZeRO's partitions are gathered parameter by parameter into logical tensors."""
         if self.stage == 0:
-            return moments(self.module, self.optimizer)
+            return optim.moments(self.module, self.optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_partitions()
@@ -102,7 +102,7 @@ class DeepSpeedEngine:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See Engine.load_state_dict. The module's parameters must already hold the checkpoint's weights."""
         if self.stage == 0:
-            set_moments(self.module, self.optimizer, state)
+            optim.set_moments(self.module, self.optimizer, state)
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megatron_lite import optim
 from megatron_lite.attention import Documents
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
@@ -20,7 +21,6 @@ from megatron_lite.engine import StepStats
 from megatron_lite.engine.zero import ZeroAdamW
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import build_optimizer, clip_grad_norm, hidden_lr_scale, param_groups, set_learning_rate
 from megatron_lite.plan import Plan
 
 
@@ -37,11 +37,11 @@ class TorchEngine:
         if mesh.dp_size > 1:
             self.ddp = DistributedDataParallel(self.module, process_group=mesh.dp_group, gradient_as_bucket_view=True)
         self.optimizer: torch.optim.AdamW | ZeroAdamW
-        groups = param_groups(self.module, config.optim.weight_decay, hidden_lr_scale(plan.shape.mup_width))
+        groups = optim.param_groups(self.module, config.optim.weight_decay, optim.hidden_lr_scale(plan.shape.mup_width))
         if plan.zero_stage and mesh.dp_size > 1:
-            self.optimizer = ZeroAdamW(self.module, groups, config.optim, mesh.dp_group, mesh.dp_rank, mesh.dp_size)
+            self.optimizer = ZeroAdamW(self.module, groups, config.optim, mesh)
         else:
-            self.optimizer = build_optimizer(groups, config.optim)
+            self.optimizer = optim.build_optimizer(groups, config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
 
     def forward_backward(
@@ -58,26 +58,26 @@ class TorchEngine:
 
     def step(self, lr: float) -> StepStats:
         """See Engine.step. The norm is the same on every rank, so all of them skip or none."""
-        norm = clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
+        norm = optim.clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
         skipped = not math.isfinite(norm)
         if not skipped:
-            set_learning_rate(self.optimizer.param_groups, lr)
+            optim.set_learning_rate(self.optimizer.param_groups, lr)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad()
         return StepStats(norm, skipped)
 
     def state_dict(self) -> dict[str, Tensor]:
         """See Engine.state_dict."""
         if isinstance(self.optimizer, ZeroAdamW):
             return self.optimizer.moments()
-        return moments(self.module, self.optimizer)
+        return optim.moments(self.module, self.optimizer)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See Engine.load_state_dict."""
         if isinstance(self.optimizer, ZeroAdamW):
             self.optimizer.set_moments(state)
         else:
-            set_moments(self.module, self.optimizer, state)
+            optim.set_moments(self.module, self.optimizer, state)
 
     def close(self) -> None:
         """See Engine.close. A DDP freed later can hang: it joins gloo's threads with the GIL, which they may want."""
@@ -105,27 +105,6 @@ def summed_loss(
         # a product, because index_add_ on a GPU adds in any order, and a resumed run writes the same lines to the bit
         by_domain += sums_2B @ (batch.domain_B.to(device)[:, None] == domains_D).double()
     return cast(Tensor, loss)
-
-
-def moments(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name; zeros before the first step."""
-    out = {"step": torch.zeros(())}
-    for name, param in module.named_parameters():
-        state = optimizer.state.get(param, {})
-        for moment in ("exp_avg", "exp_avg_sq"):
-            out[f"{moment}/{name}"] = state.get(moment, torch.zeros_like(param))
-        out["step"] = torch.as_tensor(state.get("step", 0.0)).detach().float().cpu().reshape(())
-    return out
-
-
-def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Puts ``moments`` back, on the parameters' device."""
-    for name, param in module.named_parameters():
-        # fused AdamW keeps its step count beside the parameter
-        restored = {"step": state["step"].clone().to(param.device)}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            restored[moment] = state[f"{moment}/{name}"].clone().to(param.device)
-        optimizer.state[param] = restored
 
 
 def compile_in_place(module: GPT) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig
-from megatron_lite.optim import build_optimizer
+from megatron_lite.mesh import Mesh
+from megatron_lite.optim import build_optimizer, moments, set_moments
 from megatron_lite.tensor_parallel.collectives import all_gather_single
 
 BUCKET = 1 << 26  # elements sent at once: 256 MiB of fp32 on its way, whatever the model's size
@@ -23,17 +23,10 @@ class ZeroAdamW:
     whoever owned it would own the model. A slice is a view, so the update happens in the parameter itself.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        groups: list[dict[str, Any]],
-        config: OptimConfig,
-        group: dist.ProcessGroup | None,
-        rank: int,
-        size: int,
-    ) -> None:
-        self.params, self.group, self.rank, self.size = dict(module.named_parameters()), group, rank, size
-        self.slices = {param: nn.Parameter(self._mine(param.detach())) for param in self.params.values()}
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], config: OptimConfig, mesh: Mesh) -> None:
+        self.group, self.rank, self.size = mesh.dp_group, mesh.dp_rank, mesh.dp_size
+        self.module = module
+        self.slices = {param: nn.Parameter(self._mine(param.detach())) for param in module.parameters()}
         mine = [{**entry, "params": [self.slices[param] for param in entry["params"]]} for entry in groups]
         self.optimizer = build_optimizer(mine, config)
         self.param_groups = self.optimizer.param_groups
@@ -44,6 +37,7 @@ class ZeroAdamW:
         for param, piece in self.slices.items():
             piece.grad = None if param.grad is None else self._mine(param.grad)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # views of the gradients would keep them
         for bucket in _buckets(self.slices):
             sent = torch.cat([self._padded(self.slices[param].detach(), param) for param in bucket])
             received = sent.new_empty(self.size * len(sent))
@@ -52,32 +46,21 @@ class ZeroAdamW:
             for param, pieces in zip(bucket, received.view(self.size, -1).split(widths, dim=1), strict=True):
                 param.view(-1).copy_(pieces.reshape(-1)[: param.numel()])
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of the parameters and of their slices."""
-        for param, piece in self.slices.items():
-            param.grad = piece.grad = None
-
     def moments(self) -> dict[str, Tensor]:
         """The logical state, gathered parameter by parameter; every rank must call."""
-        states = [self.optimizer.state.get(piece, {}) for piece in self.slices.values()]
-        out = {"step": torch.as_tensor(states[0].get("step", 0.0)).detach().float().cpu().reshape(())}
-        for (name, param), state in zip(self.params.items(), states, strict=True):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                piece = state.get(moment, torch.zeros_like(self.slices[param]))
-                received = piece.new_empty(self.size * self._width(param))
+        out = moments(self.module, self.optimizer, self.slices)
+        for name, param in self.module.named_parameters():
+            for key in (f"exp_avg/{name}", f"exp_avg_sq/{name}"):
+                received = param.new_empty(self.size * self._width(param))
                 # each rank sends its piece of this moment and receives the whole
-                all_gather_single(received, self._padded(piece, param), group=self.group)
-                out[f"{moment}/{name}"] = received[: param.numel()].view(param.shape)
+                all_gather_single(received, self._padded(out[key], param), group=self.group)
+                out[key] = received[: param.numel()].view(param.shape)
         return out
 
     def set_moments(self, state: dict[str, Tensor]) -> None:
         """Keeps this rank's pieces of what ``moments`` gave, from any rank count."""
-        for name, param in self.params.items():
-            piece = self.slices[param]
-            restored = {"step": state["step"].clone().to(piece.device)}
-            for moment in ("exp_avg", "exp_avg_sq"):
-                restored[moment] = self._mine(state[f"{moment}/{name}"]).clone().to(piece.device)
-            self.optimizer.state[piece] = restored
+        mine = {key: tensor if key == "step" else self._mine(tensor) for key, tensor in state.items()}
+        set_moments(self.module, self.optimizer, mine, self.slices)
 
     def _width(self, param: Tensor) -> int:
         return -(-param.numel() // self.size)
