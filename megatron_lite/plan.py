@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -66,10 +65,6 @@ class Plan:
             zero_stage=config.parallel.zero_stage,
             precision=config.precision if config.precision != "auto" else ("bf16" if cuda else "fp32"),
         )
-
-    def to_dict(self) -> dict[str, object]:
-        """The plan as JSON types (plan.json)."""
-        return dataclasses.asdict(self)
 
     def table(self, tokens_per_s: float | None = None, rate_source: str = "") -> str:
         """The plan as aligned text; with a rate, the expected wall time too."""

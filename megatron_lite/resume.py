@@ -48,7 +48,7 @@ def record(config: Config, loader: BlendedLoader, plan: Plan, step: int, allowed
         "config": to_dict(config),
         "data": loader.state_dict(),
         "allowed": allowed,
-        "plan": plan.to_dict(),
+        "plan": to_dict(plan),
         "tokenizer": asdict(loader.meta),
     }
 

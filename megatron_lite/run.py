@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite import checkpoint, resume, tally
-from megatron_lite.config import Config, dump
+from megatron_lite.config import Config, dump, to_dict
 from megatron_lite.data.loader import BlendedLoader, EvalSet
 from megatron_lite.data.megatron_order import MegatronOptions
 from megatron_lite.data.mixture import Mixture
@@ -107,7 +107,7 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
         run.metrics = Metrics(config, plan.total_steps, run.step)
         atomic_write(run_dir / "config.yaml", dump(config))
         mixture.save(run_dir / "mixture.yaml")
-        atomic_write_json(run_dir / "plan.json", plan.to_dict())
+        atomic_write_json(run_dir / "plan.json", to_dict(plan))
         if config.log.console:
             new = f"new run from {config.init_from}" if config.init_from else "new run"
             begun = f"resumed at step {run.step}" if run.step else new

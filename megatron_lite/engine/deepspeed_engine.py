@@ -6,22 +6,20 @@ and weights at rest stay ours. Facts about DeepSpeed 0.19 that shape this file a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lite import optim
 from megatron_lite.config import Config
-from megatron_lite.data.loader import Batch
 from megatron_lite.engine import StepStats
-from megatron_lite.engine.torch_engine import compile_in_place, summed_loss
+from megatron_lite.engine.torch_engine import TorchEngine
 from megatron_lite.mesh import MegatronUnit, Mesh
-from megatron_lite.model import GPT
 from megatron_lite.plan import Plan
 
 OWNED = {  # DeepSpeed's key: the key of ours that decides it
@@ -37,57 +35,38 @@ OWNED = {  # DeepSpeed's key: the key of ours that decides it
 }
 
 
-class DeepSpeedEngine:
-    """Parameters, moments and clipping as in TorchEngine; reduction and sharding by DeepSpeed."""
+class DeepSpeedEngine(TorchEngine):
+    """Model, loss and groups as in TorchEngine; reduction, sharding and, from ZeRO 1 on, clipping by DeepSpeed."""
 
-    def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
+    def _wrap(self, groups: list[dict[str, Any]], config: Config, plan: Plan) -> tuple[Any, Any]:
         deepspeed = import_deepspeed()
-        self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
-        self.module = GPT(plan.shape, config.seed, mesh.tp, config.activation_checkpointing).to(mesh.device)
-        self.forward: nn.Module = self.module
-        if config.compile:
-            compile_in_place(self.module)
-        groups = optim.param_groups(self.module, config.optim.weight_decay, optim.hidden_lr_scale(plan.shape.mup_width))
-        self.optimizer = optim.build_optimizer(groups, config.optim)
-        self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
-        _ensure_process_group(mesh)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=self.optimizer,
-            config=deepspeed_json(config, plan),
-            dist_init_required=False,
-            mpu=MegatronUnit(mesh) if mesh.tp.size > 1 else None,
-        )
+        optimizer = optim.build_optimizer(groups, config.optim)
+        _ensure_process_group(self.mesh)
+        mpu = MegatronUnit(self.mesh) if self.mesh.tp.size > 1 else None
+        settings = {"config": deepspeed_json(config, plan), "dist_init_required": False, "mpu": mpu}
+        return deepspeed.initialize(model=self.module, optimizer=optimizer, **settings)[0], optimizer
 
-    def forward_backward(
-        self, micro_batches: Sequence[Batch], num_loss_tokens: float, by_domain: Tensor | None = None
-    ) -> Tensor:
-        """DeepSpeed averages gradients over ranks as DDP does; its own accumulation scaling is switched off."""
-        total = torch.zeros((), device=self.mesh.device)
-        for i, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = summed_loss(self.engine, batch, self.mesh.device, self.autocast, by_domain)
-            self.engine.backward(loss * (self.mesh.dp_size / num_loss_tokens), scale_wrt_gas=False)
-            total += loss.detach()
-        return total
+    def _micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.wrapped.backward(loss, scale_wrt_gas=False)  # it averages over ranks as DDP does; no scaling of its own
 
     def step(self, lr: float) -> StepStats:
         """See Engine.step. From ZeRO 1 on the norm is known after the update, so a non-finite one is only reported."""
-        optim.set_learning_rate(self.engine.optimizer.param_groups, lr)
-        if self.stage > 0:
-            self.engine.step()
-            norm = float(self.engine.get_global_grad_norm())
-            return StepStats(norm, skipped=not math.isfinite(norm))
+        optim.set_learning_rate(self.wrapped.optimizer.param_groups, lr)
         # at stage 0 DeepSpeed clips and forgets the norm; gradients are reduced by now, so we clip ourselves
-        norm = optim.clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
+        norm = 0.0 if self.stage else optim.clip_grad_norm(self.module, self.clip_grad, self.mesh.tp)
         if math.isfinite(norm):
-            self.engine.step()
+            self.wrapped.step()
+        norm = float(self.wrapped.get_global_grad_norm()) if self.stage else norm
         return StepStats(norm, skipped=not math.isfinite(norm))
 
     def state_dict(self) -> dict[str, Tensor]:
         """See Engine.state_dict: ZeRO's partitions are gathered parameter by parameter into logical tensors."""
         if self.stage == 0:
-            return optim.moments(self.module, self.optimizer)
+            return super().state_dict()
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_partitions()
@@ -102,7 +81,7 @@ class DeepSpeedEngine:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See Engine.load_state_dict. The module's parameters must already hold the checkpoint's weights."""
         if self.stage == 0:
-            optim.set_moments(self.module, self.optimizer, state)
+            super().load_state_dict(state)
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -121,8 +100,8 @@ class DeepSpeedEngine:
 
     def _link_partitions(self) -> None:
         # 0.19.8 links the first parameter group only when it does so by itself; asked again, it links them all
-        self.engine.optimizer._hp_optimizer_states_linked = False
-        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self.wrapped.optimizer._hp_optimizer_states_linked = False
+        self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def import_deepspeed() -> Any:

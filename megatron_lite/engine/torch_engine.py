@@ -7,7 +7,7 @@ import gc
 import math
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +28,24 @@ class TorchEngine:
     """fp32 parameters and moments, autocast compute, fused AdamW (its moments sharded at ZeRO 1), gradients by DDP."""
 
     def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
-        self.mesh, self.clip_grad = mesh, config.optim.clip_grad
+        self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
         self.module = GPT(plan.shape, config.seed, mesh.tp, config.activation_checkpointing).to(mesh.device)
         self.forward: nn.Module = self.module
         if config.compile:
             compile_in_place(self.module)
-        self.ddp: nn.Module = self.module
-        if mesh.dp_size > 1:
-            self.ddp = DistributedDataParallel(self.module, process_group=mesh.dp_group, gradient_as_bucket_view=True)
-        self.optimizer: torch.optim.AdamW | ZeroAdamW
-        groups = optim.param_groups(self.module, config.optim.weight_decay, optim.hidden_lr_scale(plan.shape.mup_width))
-        if plan.zero_stage and mesh.dp_size > 1:
-            self.optimizer = ZeroAdamW(self.module, groups, config.optim, mesh)
-        else:
-            self.optimizer = optim.build_optimizer(groups, config.optim)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
+        scale = optim.hidden_lr_scale(plan.shape.mup_width)
+        groups = optim.param_groups(self.module, config.optim.weight_decay, scale)
+        self.wrapped, self.optimizer = self._wrap(groups, config, plan)
+
+    def _wrap(self, groups: list[dict[str, Any]], config: Config, plan: Plan) -> tuple[Any, Any]:
+        """What training calls in the module's place, and the optimizer."""
+        mesh, wrapped = self.mesh, cast(nn.Module, self.module)
+        if mesh.dp_size > 1:
+            wrapped = DistributedDataParallel(self.module, process_group=mesh.dp_group, gradient_as_bucket_view=True)
+        if plan.zero_stage and mesh.dp_size > 1:
+            return wrapped, ZeroAdamW(self.module, groups, config.optim, mesh)
+        return wrapped, optim.build_optimizer(groups, config.optim)
 
     def forward_backward(
         self, micro_batches: Sequence[Batch], num_loss_tokens: float, by_domain: Tensor | None = None
@@ -50,9 +53,9 @@ class TorchEngine:
         """DDP averages over ranks, hence the factor ``dp_size``: what is left is the sum over the global count."""
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
-            with self._no_sync(last=i == len(micro_batches) - 1):
-                loss = summed_loss(self.ddp, batch, self.mesh.device, self.autocast, by_domain)
-                (loss * (self.mesh.dp_size / num_loss_tokens)).backward()
+            with self._micro_batch(last=i == len(micro_batches) - 1):
+                loss = summed_loss(self.wrapped, batch, self.mesh.device, self.autocast, by_domain)
+                self._backward(loss * (self.mesh.dp_size / num_loss_tokens))
             total += loss.detach()
         return total
 
@@ -81,13 +84,16 @@ class TorchEngine:
 
     def close(self) -> None:
         """See Engine.close. A DDP freed later can hang: it joins gloo's threads with the GIL, which they may want."""
-        self.ddp = self.module
+        self.wrapped = self.module
         gc.collect()  # DDP is a cycle of references
 
-    def _no_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or self.mesh.dp_size == 1:
             return contextlib.nullcontext()
-        return cast(DistributedDataParallel, self.ddp).no_sync()  # ranks reduce once a step, in the last micro-batch
+        return cast(DistributedDataParallel, self.wrapped).no_sync()  # ranks reduce in the step's last one
 
 
 def summed_loss(
