@@ -169,7 +169,7 @@ MUTANTS = [
     Mutant(
         "ZeRO-1 loads the first rank's moments",
         "engine/zero.py",
-        {'self._mine(state[f"{moment}/{name}"])': 'state[f"{moment}/{name}"].reshape(-1)[: len(piece)]'},
+        {"else self._mine(tensor)": "else tensor.reshape(-1)[: self._width(tensor)]"},
         f"{ZERO}[True]",
     ),
     # the model
@@ -187,6 +187,24 @@ MUTANTS = [
             " / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)"
         },
         FP64,
+    ),
+    Mutant(
+        "muP with one learning rate for all",
+        OPTIM,
+        {'lr * group.get("lr_scale", 1.0)': "lr"},
+        "tests/test_mup.py::test_under_mup_activations_do_not_depend_on_the_width",
+    ),
+    Mutant(
+        "muP without the factor of the logits",
+        MODEL,
+        {"self.tp, 1 / shape.mup_width)": "self.tp)"},
+        "tests/test_mup.py::test_under_mup_activations_do_not_depend_on_the_width",
+    ),
+    Mutant(
+        "loss by domain of the last micro-batch alone",
+        ENGINE,
+        {"by_domain += sums": "by_domain[:] = sums"},
+        "tests/test_domain_loss.py::test_lines_have_the_domains_of_their_step_and_add_up_to_the_loss",
     ),
     Mutant(
         "RoPE in interleaved pairs",
@@ -275,7 +293,7 @@ MUTANTS = [
     Mutant("resume without optimizer state", "run.py", {"run.engine.load_state_dict(optim)": "pass"}, RESUME),
     Mutant(
         "resume without AdamW's step count",
-        ENGINE,
+        OPTIM,
         {'"step": state["step"].clone()': '"step": torch.zeros(())'},
         RESUME,
     ),
