@@ -23,7 +23,7 @@ def describe(search: Search) -> str:
     inventory = take_inventory(search.shards_dir) if there else None
     if inventory is not None:
         inventory.check_target("fit.target", config.fit.target)
-    vocab_size = _vocab_size(search, inventory)
+    vocab_size = vocabulary(search, inventory)
     proxy = resolve(config.proxy, vocab_size)
     lines = [f"search {config.name} -> {search.out}: dry run"]
     lines += _domain_lines(search, inventory) + _proxy_lines(search, inventory, proxy)
@@ -45,7 +45,8 @@ def run_seconds(config: Config, plan: Plan, inventory: Inventory | None, scored:
     return (plan.total_tokens + sum(sets) * evaluations * FORWARD_SHARE) / rate
 
 
-def _vocab_size(search: Search, inventory: Inventory | None) -> int:
+def vocabulary(search: Search, inventory: Inventory | None) -> int:
+    """Token ids that a model has: the shards' own, or what the tokenizer will be trained to."""
     from megatron_lite.data.sidecar import read_meta
 
     metas = [read_meta(shard.prefix) for shard in inventory.train.values()] if inventory else []
@@ -70,7 +71,8 @@ def _domain_lines(search: Search, inventory: Inventory | None) -> list[str]:
 
 def _proxy_lines(search: Search, inventory: Inventory | None, plan: Plan) -> list[str]:
     config, mixtures = search.config, search.config.mixtures
-    number = mixtures.count + mixtures.holdout + mixtures.repeats
+    further = mixtures.rounds * mixtures.batch
+    number = mixtures.count + mixtures.holdout + mixtures.repeats + further
     done = [event["seconds"] for event in replay(search.out / "trials.jsonl").finished.values()]
     if done:
         each, source = sum(done) / len(done), f"(as {len(done)} finished ones took)"
@@ -79,6 +81,7 @@ def _proxy_lines(search: Search, inventory: Inventory | None, plan: Plan) -> lis
         rate, source = _measure(config.proxy, plan, config.proxies.threads)
         each = run_seconds(config.proxy, plan, inventory, scored, rate)
     parts = f"{mixtures.count} to fit + {mixtures.holdout} held back + {mixtures.repeats} x the prior"
+    parts += f" + {mixtures.rounds} rounds of {mixtures.batch} at most" if further else ""
     return [
         f"proxies: {number} = {parts}, {len(done)} finished so far",
         plan.table(),

@@ -56,6 +56,10 @@ class MixturesConfig:
     over_cap: Literal["reject", "project", "ignore"] = "reject"  # draws over a cap: redrawn (RegMix) | scaled | kept
     max_epochs: float = 4.0  # a domain may repeat this often in the target run (Muennighoff et al. 2023)
     domains: tuple[str, ...] = ()  # training domains to mix; empty: all that the shards hold
+    design: Literal["random", "maximin", "d_optimal"] = "random"  # as drawn | of many draws, those that fill the space
+    rounds: int = 0  # further rounds after `count`: fit, propose a batch by expected improvement, train
+    batch: int = 8  # mixtures in such a round
+    max_flops: float | None = None  # no further round when all proxies together would pass this; null: no limit
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,9 @@ def _check(config: SearchConfig, where: str) -> None:
         ("mixtures.min_strength", mixtures.min_strength, 1e-6, math.inf),
         ("mixtures.max_strength", mixtures.max_strength, mixtures.min_strength, math.inf),
         ("mixtures.minimum", mixtures.minimum, 0, 0.5),
+        ("mixtures.rounds", mixtures.rounds, 0, math.inf),
+        ("mixtures.batch", mixtures.batch, 1, math.inf),
+        ("mixtures.max_flops", mixtures.max_flops or 1.0, 1, math.inf),
         ("mixtures.max_epochs", mixtures.max_epochs, 1e-6, math.inf),
         ("proxies.workers", proxies.workers, 0, math.inf),
         ("proxies.threads", proxies.threads, 1, math.inf),

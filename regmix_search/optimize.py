@@ -10,6 +10,7 @@ from scipy.spatial.distance import cdist
 
 from regmix_search import certainty
 from regmix_search.config import OptimumConfig
+from regmix_search.designs import control_mixtures
 from regmix_search.fits import Target, fit_chosen
 from regmix_search.goals import Goal, parse_goal
 from regmix_search.objective import Objective, duality_gap
@@ -144,8 +145,7 @@ def _surroundings(
     spread = np.quantile(again, certainty.LEVELS, axis=0).T.tolist() if len(again) else []
     controls = {
         "prior": prior,
-        "uniform": np.full(len(prior), 1 / len(prior)),
-        "unimax": region.pull_in(np.full((1, len(prior)), 1 / len(prior)))[0],
+        **control_mixtures(space, region),
         "best_observed": np.array(list(found["best_observed"]["weights"].values())),
         "unconstrained": np.array(list(found["unconstrained"]["weights"].values())),
     }

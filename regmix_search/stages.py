@@ -20,29 +20,41 @@ NOT_COMPARED = ("name", "out_dir", "seed", "mixture", "threads", "log", "checkpo
 def mixtures(search: Search) -> Stage:
     """mixtures.csv and space.json: repeats of the prior, then held-back mixtures, then those to fit on.
 
-    In this order a search can be extended: the first mixtures do not depend on ``mixtures.count``.
+    In this order a search can be extended: the first mixtures do not depend on ``mixtures.count`` (without a design).
+    Rounds append to mixtures.csv later, so then design.csv is what this stage answers for.
     """
     config, seed, out = search.config.mixtures, search.config.seed, search.out
     tokens, left_out = search.inventory.usable(config.domains, search.sample_tokens)
+    first = out / ("design.csv" if config.rounds else "mixtures.csv")
 
     def make() -> str:
         import numpy as np
 
+        from regmix_search.designs import draw_design
+        from regmix_search.rounds import keep_rounds
         from regmix_search.space import build_space, controls, sample_mixtures
         from regmix_search.tables import write_mixtures
 
         space = build_space(tokens, search.config.run_tokens, config.max_epochs)
         shape = (config.temperature, config.min_strength, config.max_strength, config.minimum, config.over_cap)
-        drawn = sample_mixtures(space, config.holdout + config.count, seed, *shape)
-        rows = np.vstack([np.tile(controls(space)["prior"], (config.repeats, 1)), drawn])
-        write_mixtures(out / "mixtures.csv", range(len(rows)), space.domains, rows)
+        prior, held = np.tile(controls(space)["prior"], (config.repeats, 1)), np.empty((0, len(tokens)))
+        if config.holdout:
+            held = sample_mixtures(space, config.holdout, seed, *shape)
+        drawn = draw_design(space, config.count, seed, config.design, *shape, given=prior, skip=config.holdout)
+        rows = np.vstack([prior, held, drawn])
+        write_mixtures(first, range(len(rows)), space.domains, rows)
+        if config.rounds:
+            rows = keep_rounds(out / "mixtures.csv", space.domains, rows)
+            write_mixtures(out / "mixtures.csv", range(len(rows)), space.domains, rows)
         atomic_write_json(out / "space.json", space.to_json())
         what = f"{config.count} to fit on, {config.holdout} held back, {config.repeats} x the prior"
         small = f"; left out, too little text: {', '.join(left_out)}" if left_out else ""
-        return f"{len(rows)} mixtures of {len(tokens)} domains: {what}{small}"
+        more = f", then {config.rounds} rounds of {config.batch}" if config.rounds else ""
+        total = config.count + config.holdout + config.repeats
+        return f"{total} mixtures of {len(tokens)} domains: {what}{more}{small}"
 
     inputs = {**dataclasses.asdict(config), "seed": seed, "run_tokens": search.config.run_tokens, "tokens": tokens}
-    return Stage("mixtures", inputs, (out / "mixtures.csv", out / "space.json"), make)
+    return Stage("mixtures", inputs, (first, out / "space.json"), make)
 
 
 def plan_trials(search: Search) -> list[Trial]:
@@ -52,12 +64,15 @@ def plan_trials(search: Search) -> list[Trial]:
     config, path = search.config.mixtures, search.out / "mixtures.csv"
     digest(path, "mixtures")
     index, domains, rows = read_mixtures(path)
-    if len(index) != config.repeats + config.holdout + config.count:
+    planned = config.repeats + config.holdout + config.count
+    more = len(index) - planned  # what rounds have added
+    if more < 0 or (more and not config.rounds):
         raise ValueError(
             f"{path}: has {len(index)} mixtures, mixtures.repeats + holdout + count is "
-            f"{config.repeats + config.holdout + config.count}; run `--stage mixtures` again"
+            f"{planned}; run `--stage mixtures` again"
         )
-    shares: list[tuple[Kind, int]] = [("repeat", config.repeats), ("holdout", config.holdout), ("train", config.count)]
+    train = config.count + more
+    shares: list[tuple[Kind, int]] = [("repeat", config.repeats), ("holdout", config.holdout), ("train", train)]
     kinds = [kind for kind, count in shares for _ in range(count)]
     seeds = [search.config.seed + 1 + i if kind == "repeat" else search.config.seed for i, kind in enumerate(kinds)]
     weights = [dict(zip(domains, row, strict=True)) for row in rows.tolist()]
@@ -72,7 +87,8 @@ def settings(config: SearchConfig) -> dict[str, Any]:
     own_text = [] if config.shards.data_dir else ["corpus", "tokenizer"]
     kept = {key: written[key] for key in ("seed", "shards", "mixtures", *own_text)}
     places = (("shards", "data_dir"), ("corpus", "dir"))  # folders may move: their content has a digest of its own
-    for section, key in (("shards", "workers"), ("corpus", "workers"), ("mixtures", "count"), *places):
+    grows = [("mixtures", key) for key in ("count", "rounds", "batch", "max_flops")]
+    for section, key in (("shards", "workers"), ("corpus", "workers"), *grows, *places):
         kept.get(section, {}).pop(key, None)
     return {"settings": {**kept, "proxy": proxy, "run_tokens": config.run_tokens}}
 
@@ -83,15 +99,16 @@ def proxies(search: Search) -> Stage:
     inventory.check_target("fit.target", config.fit.target)
     if config.fit.target_test is not None:
         inventory.check_target("fit.target_test", config.fit.target_test)
-    trials, path = plan_trials(search), out / "trials.jsonl"
+    path, rounds = out / "trials.jsonl", config.mixtures.rounds
     fingerprint = {**settings(config), "shards": inventory.digest}
     valid = tuple(name for name in inventory.valid if name != config.fit.target_test)
+    plan_trials(search)  # refuses a table of other settings before anything starts
 
-    def make() -> str:
+    def train() -> Ledger:
         from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
         from regmix_search.tables import write_losses
 
-        ledger = Ledger(path, trials, fingerprint, config.proxies.retries)
+        ledger = Ledger(path, plan_trials(search), fingerprint, config.proxies.retries)
         for line in ledger.torn_lines:
             search.say(f"{path}, line {line}: torn by a crash, skipped")
         log = dataclasses.replace(config.proxy.log, console=False)
@@ -108,11 +125,31 @@ def proxies(search: Search) -> Stage:
                 write_losses(out / "losses.csv", list(done), losses)
         if not done:
             raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
-        failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
-        return f"{len(done)} of {len(trials)} done, {sum(e['tokens'] for e in done.values()):,} tokens{failed}"
+        return ledger
 
-    inputs = {**fingerprint, "retries": config.proxies.retries, "mixtures": digest(out / "mixtures.csv", "mixtures")}
-    return Stage("proxies", inputs, (path, out / "losses.csv"), make)
+    def make() -> str:
+        ledger = train()
+        while rounds:
+            from regmix_search.rounds import add_round
+
+            text, grown = add_round(search)
+            search.say(text)
+            if not grown:
+                break
+            ledger = train()
+        done, total = ledger.finished.values(), len(ledger.trials)
+        failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
+        return f"{len(done)} of {total} done, {sum(e['tokens'] for e in done):,} tokens{failed}"
+
+    inputs = {**fingerprint, "retries": config.proxies.retries}
+    if not rounds:
+        inputs["mixtures"] = digest(out / "mixtures.csv", "mixtures")
+        return Stage("proxies", inputs, (path, out / "losses.csv"), make)
+    keys = ("rounds", "batch", "max_flops")
+    inputs |= {"mixtures": digest(out / "design.csv", "mixtures"), "target": config.fit.target}
+    inputs |= {key: getattr(config.mixtures, key) for key in keys}
+    outputs = (path, out / "losses.csv", out / "mixtures.csv", out / "rounds.json")
+    return Stage("proxies", inputs, outputs, make)
 
 
 def fit(search: Search) -> Stage:

@@ -72,7 +72,8 @@ def test_a_gain_is_found_and_is_the_true_one() -> None:
     low, high = found["gain"]["interval90"]
     assert found["gain"]["significant"] and low - 0.01 < truth < high + 0.01 and truth > 0.05
     controls = found["controls"]
-    assert set(controls) == {"prior", "uniform", "unimax", "best_observed", "unconstrained"}
+    names = {"prior", "natural", "uniform", "unimax", "tempered", "best_observed", "unconstrained"}
+    assert set(controls) == names
     assert not controls["prior"]["ties_with_optimum"] and controls["prior"]["obeys_bounds"]
     assert controls["prior"]["predicted"] == pytest.approx(found["objective"]["prior"])
 
