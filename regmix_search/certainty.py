@@ -32,6 +32,7 @@ class Refits:
     """The objective fitted again to runs drawn with replacement."""
 
     objectives: tuple[Objective, ...]
+    rivals: tuple[Objective, ...] = ()  # other surrogates, fitted to all runs, that predict about as well
 
     def differences(self, mixtures: FloatArray, optimum: FloatArray) -> FloatArray:
         """Loss of mixtures [m, k] above that of the optimum [k], by each refit: [b, m]."""
@@ -86,10 +87,16 @@ def candidates(region: Region, optimum: FloatArray, seed: int) -> FloatArray:
 
 
 def tied(refits: Refits, mixtures: FloatArray, optimum: FloatArray) -> npt.NDArray[np.bool_]:
-    """Mixtures [m, k] that the runs cannot tell from the optimum: a twentieth of the refits or more prefers them."""
-    if not refits.objectives:
-        return np.zeros(len(mixtures), dtype=bool)
-    return np.asarray(np.quantile(refits.differences(mixtures, optimum), LEVELS[0], axis=0) <= 0)
+    """Mixtures [m, k] that the runs cannot tell from the optimum: a twentieth of the refits prefers them, or a rival.
+
+    Refits alone are too sure: they share the surrogate's form, and the optimum is where that form is most flattering.
+    """
+    tie = np.zeros(len(mixtures), dtype=bool)
+    if refits.objectives:
+        tie |= np.quantile(refits.differences(mixtures, optimum), LEVELS[0], axis=0) <= 0
+    for rival in refits.rivals:
+        tie |= rival.predict(mixtures) <= rival.at(optimum)
+    return tie
 
 
 def near_ties(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from regmix_search.tables import Runs
 
 AT_CAP = 1e-6
 NEAREST_QUANTILE = 0.95
+RIVAL = 1.1  # times the chosen surrogate's cross-validated RMSE: what RegMix's laws and processes differ by
 
 
 def sampled_region(weights: FloatArray, sample: FloatArray) -> tuple[float, float, list[int]]:
@@ -75,7 +77,9 @@ def find_optimum(
     free = solve(objective, lift_caps(region, space.caps), space.prior, train.weights, minimum, seed)
     observed = goal.of(train.losses)
     residuals = observed - goal.of({t: fit["targets"][t]["cv_predicted"] for t in goal.shares})
+    opinions = _opinions(runs, fit, goal)
     refits = certainty.refit(objective, goal.shares, train, seed, settings.bootstraps)
+    refits = replace(refits, rivals=tuple(opinions[name] for name in _rivals(fit, goal)))
     low, high = certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist()
     nearest, usual, beyond = sampled_region(weights, train.weights)
     result = {
@@ -90,7 +94,7 @@ def find_optimum(
         "interval90": [low, high],
         "unconstrained": {"weights": space.named(free), "predicted": objective.at(free)},
         "best_observed": _best_observed(space, region, train, observed),
-        "second_opinion": _second_opinion(runs, fit, goal, weights, prior),
+        "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in opinions.items()},
         "inside_sampled_region": nearest <= usual and not beyond,
         "beyond": {space.domains[i]: float(train.weights[:, i].max()) for i in beyond},
         "distance": nearest,
@@ -183,15 +187,23 @@ def _best_observed(space: Space, region: Region, train: Runs, observed: FloatArr
     return {"index": train.index[row], "weights": weights, "loss": loss, "obeys_caps": bool(obeys[row])}
 
 
-def _second_opinion(
-    runs: Runs, fit: Mapping[str, Any], goal: Goal, weights: FloatArray, prior: FloatArray
-) -> dict[str, dict[str, float]]:
-    """What every candidate surrogate predicts for the optimum and the prior: agreement is evidence, a gap a warning."""
-    rows, result = np.stack([weights, prior]), {}
-    for name in fit["targets"][next(iter(goal.shares))]["candidates"]:
-        both = goal.of({t: fit_chosen(runs, fit, t, name).predict(rows) for t in goal.shares})
-        result[name] = {"optimum": float(both[0]), "prior": float(both[1])}
-    return result
+def _opinions(runs: Runs, fit: Mapping[str, Any], goal: Goal) -> dict[str, Objective]:
+    """The goal by every candidate surrogate: agreement at the optimum is evidence, a gap a warning."""
+    shares = goal.shares.items()
+    names = fit["targets"][next(iter(goal.shares))]["candidates"]
+    return {n: Objective(tuple((s, fit_chosen(runs, fit, t, n)) for t, s in shares), goal.worst) for n in names}
+
+
+def _rivals(fit: Mapping[str, Any], goal: Goal) -> list[str]:
+    """Candidates that predict every loss of the goal about as well as the chosen one."""
+    entries = [fit["targets"][name] for name in goal.shares]
+    names = [set(entry["candidates"]) - {entry["chosen"]} for entry in entries]
+
+    def close(name: str) -> bool:
+        ratios = [e["candidates"][name]["rmse"] / max(e["candidates"][e["chosen"]]["rmse"], 1e-12) for e in entries]
+        return max(ratios) <= RIVAL
+
+    return sorted(filter(close, set.intersection(*names)))
 
 
 def _warn(result: Mapping[str, Any], fit: Mapping[str, Any], goal: Goal, max_worse: float | None) -> list[str]:

@@ -15,18 +15,18 @@ from regmix_search.ledger import replay
 from regmix_search.proposals import Fitted, draw_pool, fit_runs, propose_rows
 from regmix_search.search import Search
 from regmix_search.space import FloatArray, Space
-from regmix_search.tables import read_mixtures, read_runs, write_mixtures
+from regmix_search.tables import append_mixtures, read_mixtures, read_runs
 
 PATIENCE = 2  # rounds running whose expected gain is below the noise: one alone may be a surrogate that is too sure
 
 
-def keep_rounds(path: Path, domains: tuple[str, ...], rows: FloatArray) -> FloatArray:
-    """`rows`, and the mixtures that rounds have appended to a table which begins with the same rows."""
+def continues(path: Path, domains: tuple[str, ...], rows: FloatArray) -> bool:
+    """Does a table of mixtures begin with these rows? Then what rounds have appended to it still holds."""
     if not path.is_file():
-        return rows
+        return False
     _, old_domains, old = read_mixtures(path)
-    same = old_domains == domains and len(old) >= len(rows) and np.allclose(old[: len(rows)], rows, atol=1e-12)
-    return np.vstack([rows, old[len(rows) :]]) if same else rows
+    same = old_domains == domains and len(old) >= len(rows)
+    return same and bool(np.allclose(old[: len(rows)], rows, rtol=0, atol=1e-12))
 
 
 def add_round(search: Search) -> tuple[str, bool]:
@@ -35,7 +35,7 @@ def add_round(search: Search) -> tuple[str, bool]:
     rounds.json holds what was expected of each round. A repeated call with nothing new trained proposes the same.
     """
     config, out = search.config.mixtures, search.out
-    index, domains, rows = read_mixtures(out / "mixtures.csv")
+    index, _, _ = read_mixtures(out / "mixtures.csv")
     first = config.repeats + config.holdout + config.count
     number = -(-(len(index) - first) // config.batch)  # rounds so far, a last one of another size included
     history = _read_history(out / "rounds.json")[:number]
@@ -55,8 +55,7 @@ def add_round(search: Search) -> tuple[str, bool]:
         why = f"the expected gain, {gain:.4f}, is below the noise of one run, {noise:.4f}, {PATIENCE} rounds running"
         return _stop(out, history[:-1], why), False
     atomic_write_json(out / "rounds.json", {"rounds": history, "stopped": None})
-    wider = np.vstack([rows, pool[picks]])
-    write_mixtures(out / "mixtures.csv", range(len(wider)), domains, wider)
+    append_mixtures(out / "mixtures.csv", pool[picks])
     said = f"best so far {best:.4f}, expected gain {gain:.4f}"
     return f"round {number + 1} of {config.rounds}: {config.batch} mixtures, {said}", True
 

@@ -166,7 +166,7 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
     fit = [lambda: study.fit_stage(search.config, files)]
     if args.stage == "fit":
         return [*fit]
-    return [*fit, lambda: study.optimize_stage(search.config, files)]
+    return [*fit, lambda: study.optimize_stage(search.config, files), lambda: study.report_stage(search.config)]
 
 
 def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tup
     predicted, prior = optimum["objective"]["predicted"], optimum["objective"]["prior"]
     text = f"{weights}; predicted {optimum['target']} loss {predicted:.4f} against the prior's {prior:.4f}"
     ties, saved = optimum["near_ties"], optimum["gain"]["tokens_saved"]["share"]
-    text += "" if saved is None else f", worth {saved:.0%} of the tokens"
+    text += f", saving {saved:.0%} of the tokens" if saved and optimum["gain"]["significant"] else ""
     text += f"; mixtures up to L1 {ties['farthest']:.2f} away tie with it" if ties["found"] else ""
     return optimum, text + _warned(optimum)
 

@@ -31,7 +31,7 @@ def mixtures(search: Search) -> Stage:
         import numpy as np
 
         from regmix_search.designs import draw_design
-        from regmix_search.rounds import keep_rounds
+        from regmix_search.rounds import continues
         from regmix_search.space import build_space, controls, sample_mixtures
         from regmix_search.tables import write_mixtures
 
@@ -43,8 +43,7 @@ def mixtures(search: Search) -> Stage:
         drawn = draw_design(space, config.count, seed, config.design, *shape, given=prior, skip=config.holdout)
         rows = np.vstack([prior, held, drawn])
         write_mixtures(first, range(len(rows)), space.domains, rows)
-        if config.rounds:
-            rows = keep_rounds(out / "mixtures.csv", space.domains, rows)
+        if config.rounds and not continues(out / "mixtures.csv", space.domains, rows):
             write_mixtures(out / "mixtures.csv", range(len(rows)), space.domains, rows)
         atomic_write_json(out / "space.json", space.to_json())
         what = f"{config.count} to fit on, {config.holdout} held back, {config.repeats} x the prior"

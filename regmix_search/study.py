@@ -25,7 +25,7 @@ from regmix_search.region import fixed_domains
 from regmix_search.solution import provenance, solve_runs
 from regmix_search.space import FloatArray, Space, unlimited_space
 from regmix_search.surrogates import SURROGATES, build_surrogate, group_mixtures, score
-from regmix_search.tables import Runs, read_ledger, read_runs
+from regmix_search.tables import Runs, read_ledger, read_runs, write_losses, write_mixtures
 
 BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
 COVERAGE = 0.9
@@ -180,6 +180,10 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         centre = dict(zip(runs.domains, np.mean(runs.weights, axis=0).tolist(), strict=True))
         space = Space.from_json(read_json(files.space)) if files.space else unlimited_space(runs.domains, centre)
         optimum, text = solve_runs(out, space, runs, config)
+        numbers = [row if isinstance(name, str) else name for row, name in enumerate(runs.index)]
+        write_mixtures(out / "mixtures.csv", numbers, runs.domains, runs.weights)  # what the report is drawn from
+        write_losses(out / "losses.csv", numbers, runs.losses)
+        atomic_write_json(out / "space.json", space.to_json())
         train = {f"train_{domain}": weight for domain, weight in optimum["weights"].items()}
         facts = provenance(config, optimum, out / "fit.json")
         content = {"version": 1, "train": train, "epochs": optimum["epochs"], "provenance": facts}
@@ -191,8 +195,23 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
 
     inputs = {**files.digests(), "seed": config.seed, "minimum": config.mixtures.minimum}
     inputs |= {"fit": digest(out / "fit.json", "fit"), "optimum": asdict(config.optimum)}
-    outputs = (out / "optimum.json", out / "mixture.yaml", out / "exports" / "epochs.csv")
+    names = ("optimum.json", "mixture.yaml", "exports/epochs.csv", "mixtures.csv", "losses.csv", "space.json")
+    outputs = tuple(out / name for name in names)
     return Stage("optimize", inputs, outputs, make)
+
+
+def report_stage(config: SearchConfig) -> Stage:
+    """report.html, with the design, the fit and the optimum; runs that have names are numbered there."""
+    out = config.run_dir
+
+    def make() -> str:
+        from regmix_search.report import write_report
+
+        return str(write_report(out).get("verdict", ""))
+
+    names = ("fit.json", "optimum.json", "space.json", "mixtures.csv", "losses.csv")
+    inputs = {name: digest(out / name, "optimize") for name in names}
+    return Stage("report", inputs, (out / "report.html", out / "report.md"), make)
 
 
 def describe(summary: Mapping[str, Any]) -> str:

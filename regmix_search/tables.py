@@ -133,6 +133,16 @@ def write_mixtures(path: str | Path, index: Sequence[RunId], domains: Sequence[s
     _write_table(path, index, [TRAIN_PREFIX + d for d in domains], weights)
 
 
+def append_mixtures(path: str | Path, weights: FloatArray) -> None:
+    """Adds rows [m, k] to a table of numbered mixtures, atomically; what is there stays as it is, to the bit."""
+    index, domains, _ = read_mixtures(path)
+    assert weights.shape[1:] == (len(domains),), f"{weights.shape} weights for {len(domains)} domains"
+    first = max(int(i) for i in index) + 1
+    text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    lines = [",".join([str(first + i), *map(repr, row)]) for i, row in enumerate(weights.tolist())]
+    atomic_write(path, "\n".join([text, *lines]) + "\n")
+
+
 def write_losses(path: str | Path, index: Sequence[RunId], losses: Mapping[str, Sequence[float] | FloatArray]) -> None:
     """Writes `index,metric/<target>_val_loss...` from {target: losses [n]}, atomically."""
     values = np.array(list(losses.values()), dtype=np.float64).reshape(len(losses), len(index)).T

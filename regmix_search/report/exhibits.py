@@ -40,6 +40,7 @@ def build_tables(evidence: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "results": _results(facts, evidence),
         "weights": _weights(evidence, facts),
+        "beside": _beside(evidence),
         "transfer": _transfer(facts),
         "candidates": _candidates(evidence, facts),
         "all_targets": _all_targets(evidence, facts),
@@ -106,6 +107,22 @@ def _weights(evidence: Evidence, facts: dict[str, Any]) -> Table:
         for name in by_weight(evidence, facts)
     ]
     return Table(("domain", "tokens", "prior", "optimal", "cap", "epochs"), rows)
+
+
+def _beside(evidence: Evidence) -> Table:
+    """Optimum, controls and near-ties by predicted loss of the goal, and which of them the runs cannot tell apart."""
+    optimum, rows = evidence.optimum, []
+    told = {"predicted": (optimum.get("objective") or {}).get("predicted"), "interval90": optimum.get("interval90")}
+    ties = {f"tie {i}": tie for i, tie in enumerate((optimum.get("near_ties") or {}).get("examples") or [], 1)}
+    entries = {"optimum": told, **(optimum.get("controls") or {}), **ties}
+    for name, entry in entries.items() if len(entries) > 1 else ():
+        interval = [finite(v) for v in entry.get("interval90") or []]
+        largest = sorted((entry.get("weights") or optimum.get("weights") or {}).items(), key=lambda item: -item[1])[:4]
+        apart = "-" if name == "optimum" else "no" if name in ties or entry.get("ties_with_optimum") else "yes"
+        shown = ", ".join(f"{domain} {percent(weight)}" for domain, weight in largest)
+        cells = [Cell(_nats(finite(entry.get("predicted")))), Cell(" to ".join(f"{v:.3f}" for v in interval) or DASH)]
+        rows.append([Cell(name), *cells, Cell(apart), Cell(shown, "wrap")])
+    return Table(("mixture", "predicted", "90% interval", "told apart", "largest weights"), rows)
 
 
 def _transfer(facts: dict[str, Any]) -> Table:

@@ -63,6 +63,8 @@ def _target(evidence: Evidence) -> str:
 def _named_target(evidence: Evidence) -> str:
     sources = (evidence.fit, evidence.optimum, evidence.train, evidence.config.get("fit") or {})
     target = next((source["target"] for source in sources if source.get("target")), "")
+    if target in ("mean", "worst") and (fitted := evidence.fit.get("targets") or {}) and target not in fitted:
+        return str(next(iter(fitted)))
     return max(target, key=lambda name: finite(target[name])) if isinstance(target, dict) else str(target)
 
 
@@ -150,7 +152,21 @@ def _surrogate(evidence: Evidence, target: str) -> dict[str, Any]:
         "inside_sampled_region": evidence.optimum.get("inside_sampled_region"),
         "distance": evidence.optimum.get("distance"),
         "usual_distance": evidence.optimum.get("usual_distance"),
+        "gain_note": _gain_note(evidence.optimum.get("gain") or {}),
     }
+
+
+def _gain_note(gain: dict[str, Any]) -> str:
+    """The predicted gain on the goal in words; empty when the optimum has none."""
+    nats, interval = finite(gain.get("nats")), [finite(v) for v in gain.get("interval90") or []]
+    if nats != nats:
+        return ""
+    saved = finite((gain.get("tokens_saved") or {}).get("share"))
+    text = f"Predicted gain over the prior: {nats:.3f} nats"
+    text += f", by refits {interval[0]:.3f} to {interval[1]:.3f}" if all(v == v for v in interval) and interval else ""
+    if not gain.get("significant"):
+        return text + "; not significant."
+    return text + (f"; that saves {saved:.0%} of the tokens, {gain['tokens_saved']['why']}." if saved == saved else ".")
 
 
 def _agree(predicted: Iterable[Any] | None, true: Iterable[Any] | None) -> Agreement | None:
@@ -163,8 +179,9 @@ def _collect_warnings(evidence: Evidence, facts: dict[str, Any]) -> list[str]:
     found = list(map(_as_sentence, evidence.optimum.get("warnings") or evidence.fit.get("warnings") or []))
     found += evidence.problems
     target, trials = facts["target"], facts["trials"]
-    if isinstance(evidence.fit.get("target"), dict):
-        found.append(f"The search minimises a mean of several losses; this report follows {target} alone.")
+    if (goal := evidence.fit.get("target")) is not None and goal != target:
+        what = f"the {goal} of all losses" if isinstance(goal, str) else "a mean of several losses"
+        found.append(f"The search minimises {what}; this report follows {target} alone.")
     if evidence.runs:
         found += _retraining_warnings(evidence, facts)
     if target and not _named_target(evidence):

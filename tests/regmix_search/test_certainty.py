@@ -133,3 +133,14 @@ def test_simulation_as_in_regmix_is_an_option() -> None:
     exact = search(bootstraps=2)
     gap = found["objective"]["predicted"] - exact["objective"]["predicted"]
     assert found["method"] == "simulate" and 0 <= gap < 0.02
+
+
+def test_a_rival_that_prefers_another_mixture_makes_it_a_tie() -> None:
+    """Refits share one form; a surrogate of another form that predicts as well has a say too."""
+    runs = make_runs(40, 0, 0.002)
+    model, other = (build_surrogate("effective").fit(runs.weights, runs.losses[t]) for t in "ab")
+    objective, rival = Objective(((1.0, model),)), Objective(((1.0, other),))
+    refits = certainty.refit(objective, {"a": 1.0}, runs, 0, 8)
+    optimum, far = model.argmin(np.ones(3)), other.argmin(np.ones(3))  # type: ignore[attr-defined]
+    assert not certainty.tied(refits, far[None], optimum)[0]
+    assert certainty.tied(certainty.Refits(refits.objectives, (rival,)), far[None], optimum)[0]

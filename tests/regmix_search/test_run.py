@@ -192,6 +192,21 @@ def test_a_search_is_extended_without_repeating(smoke, tmp_path):
     assert len(read_csv(out / "losses.csv")) == 19
 
 
+def test_a_search_goes_on_in_rounds(smoke, tmp_path):
+    """Two more proxies where improvement is expected, and nothing again when the same command is repeated."""
+    out = copy_search(smoke, tmp_path)
+    before, more = events(out), ["--set", "mixtures.rounds=1", "--set", "mixtures.batch=2"]
+    finish(out, *more, "--stage", "mixtures")
+    assert "round 1 of 1: 2 mixtures" in finish(out, *more, "--stage", "proxies")
+    assert sorted(e["trial"] for e in events(out)[len(before) :] if e["event"] == "finish") == [17, 18]
+    history = json.loads((out / "rounds.json").read_text())
+    assert history["stopped"].startswith("1 rounds done") and len(history["rounds"]) == 1
+    for stage in ("mixtures", "proxies"):
+        assert f"{stage}: up to date" in finish(out, *more, "--stage", stage)
+    finish(out, *more, "--stage", "fit")
+    assert json.loads((out / "fit.json").read_text())["n_train"] == 16
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
