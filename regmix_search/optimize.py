@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,10 +57,12 @@ def find_optimum(
     minimum: float = MINIMUM,
     seed: int = 0,
     settings: OptimumConfig | None = None,
+    opinions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of optimum.json: the best mixture under caps and bounds for `target` (fit.json's when None).
 
-    Surrogates are those that fit.json chose, fitted to the rows it names. Losses in nats per token.
+    Surrogates are those that fit.json chose, fitted to the rows it names. Losses in nats per token. opinions: further
+    surrogates whose predictions stand beside, besides fit.json's candidates.
     """
     if tuple(space.domains) != runs.domains:
         raise ValueError(
@@ -77,9 +79,9 @@ def find_optimum(
     free = solve(objective, lift_caps(region, space.caps), space.prior, train.weights, minimum, seed)
     observed = goal.of(train.losses)
     residuals = observed - goal.of({t: fit["targets"][t]["cv_predicted"] for t in goal.shares})
-    opinions = _opinions(runs, fit, goal)
+    asked = _opinions(runs, fit, goal, opinions)
     refits = certainty.refit(objective, goal.shares, train, seed, settings.bootstraps)
-    refits = replace(refits, rivals=tuple(opinions[name] for name in _rivals(fit, goal)))
+    refits = replace(refits, rivals=tuple(asked[name] for name in _rivals(fit, goal)))
     low, high = certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist()
     nearest, usual, beyond = sampled_region(weights, train.weights)
     result = {
@@ -94,7 +96,7 @@ def find_optimum(
         "interval90": [low, high],
         "unconstrained": {"weights": space.named(free), "predicted": objective.at(free)},
         "best_observed": _best_observed(space, region, train, observed),
-        "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in opinions.items()},
+        "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in asked.items()},
         "inside_sampled_region": nearest <= usual and not beyond,
         "beyond": {space.domains[i]: float(train.weights[:, i].max()) for i in beyond},
         "distance": nearest,
@@ -187,10 +189,10 @@ def _best_observed(space: Space, region: Region, train: Runs, observed: FloatArr
     return {"index": train.index[row], "weights": weights, "loss": loss, "obeys_caps": bool(obeys[row])}
 
 
-def _opinions(runs: Runs, fit: Mapping[str, Any], goal: Goal) -> dict[str, Objective]:
+def _opinions(runs: Runs, fit: Mapping[str, Any], goal: Goal, more: Sequence[str]) -> dict[str, Objective]:
     """The goal by every candidate surrogate: agreement at the optimum is evidence, a gap a warning."""
     shares = goal.shares.items()
-    names = fit["targets"][next(iter(goal.shares))]["candidates"]
+    names = dict.fromkeys([*fit["targets"][next(iter(goal.shares))]["candidates"], *more])
     return {n: Objective(tuple((s, fit_chosen(runs, fit, t, n)) for t, s in shares), goal.worst) for n in names}
 
 
@@ -200,8 +202,8 @@ def _rivals(fit: Mapping[str, Any], goal: Goal) -> list[str]:
     names = [set(entry["candidates"]) - {entry["chosen"]} for entry in entries]
 
     def close(name: str) -> bool:
-        ratios = [e["candidates"][name]["rmse"] / max(e["candidates"][e["chosen"]]["rmse"], 1e-12) for e in entries]
-        return max(ratios) <= RIVAL
+        allowed = [RIVAL * float(entry["candidates"][entry["chosen"]]["rmse"]) for entry in entries]
+        return all(entry["candidates"][name]["rmse"] <= most for entry, most in zip(entries, allowed, strict=True))
 
     return sorted(filter(close, set.intersection(*names)))
 

@@ -15,6 +15,8 @@ from regmix_search.space import Space
 from regmix_search.surrogates import SURROGATES
 from regmix_search.tables import Runs
 
+OPINIONS = 2  # losses of a goal up to which every surrogate is asked about the optimum, not the candidates alone
+
 
 def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> str:
     """Writes fit.json and says what it found. held: indices of runs that neither fit nor choice may see."""
@@ -35,7 +37,8 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
 def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tuple[dict[str, Any], str]:
     """Writes optimum.json; returns it, and what it says in a line."""
     fit, minimum = read_json(out / "fit.json"), config.mixtures.minimum
-    optimum = find_optimum(space, runs, fit, minimum=minimum, seed=config.seed, settings=config.optimum)
+    asked = SURROGATES if len(parse_goal(fit["target"], fit["targets"]).shares) <= OPINIONS else ()
+    optimum = find_optimum(space, runs, fit, minimum=minimum, seed=config.seed, settings=config.optimum, opinions=asked)
     atomic_write_json(out / "optimum.json", optimum)
     largest = sorted(optimum["weights"].items(), key=lambda item: -item[1])
     weights = ", ".join(f"{name} {weight:.1%}" for name, weight in largest if weight >= 0.0005)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -97,16 +99,19 @@ def study_fit(
     folds: int = 5,
     extra: Sequence[str] = (),
     fixed: Sequence[str] = (),
+    larger: bool = False,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """The content of fit.json, with `summary` as --json prints it; surrogates empty: chosen by cross-validation.
 
-    Each loss of the target is fitted by itself (the mean fitted directly is far worse); extra: losses to fit beside.
+    Each loss of the target is fitted by itself (the mean fitted directly is far worse); extra: losses to fit beside;
+    fixed: domains that need not vary. larger and workers are fit_targets'.
     """
     names, start = tuple(surrogates) or SURROGATES, time.perf_counter()
     check_study(runs, names, fixed)
     goal = parse_goal(target, runs.losses)
     wanted = [*goal.shares, *(name for name in extra if name not in goal.shares)]
-    fit = fit_targets(runs, goal.shares, wanted, names=names, seed=seed, folds=folds)
+    fit = fit_targets(runs, goal.shares, wanted, names=names, seed=seed, folds=folds, larger=larger, workers=workers)
     fit["target"] = goal.to_json()
     seconds = time.perf_counter() - start
     fit["summary"] = summarise(fit, goal, runs, test, seconds)
@@ -114,17 +119,22 @@ def study_fit(
 
 
 def summarise(fit: Mapping[str, Any], goal: Goal, runs: Runs, test: Runs | None, seconds: float) -> dict[str, Any]:
-    """What --json prints about a fit: correlations in -1..1, squared errors in nats^2, regret in nats."""
+    """What --json prints about a fit: correlations in -1..1, squared errors in nats^2, regret in nats.
+
+    cv is nested: the score of choosing and fitting, not of the choice. Coverage of several losses together is CV+.
+    """
     entries = {name: fit["targets"][name] for name in goal.shares}
     chosen = {name: entry["chosen"] for name, entry in entries.items()}
     true = goal.of({name: entry["true"] for name, entry in entries.items()})
-    predicted = goal.of({name: entry["cv_predicted"] for name, entry in entries.items()})
+    predicted = goal.of({name: entry["nested_predicted"] for name, entry in entries.items()})
     scores = score(predicted, true)
+    inside = coverage(predicted, true) if len(entries) > 1 else next(iter(entries.values()))["nested"]["coverage90"]
     result: dict[str, Any] = {
         "surrogate": chosen[next(iter(chosen))] if len(set(chosen.values())) == 1 else chosen,
         "target": goal.to_json(),
         "n_train": fit["n_train"],
-        "cv": {key: scores[key] for key in ("spearman", "pearson", "mse")} | {"coverage90": coverage(predicted, true)},
+        "cv": {key: scores[key] for key in ("spearman", "pearson", "mse")}
+        | {"coverage90": inside if math.isfinite(inside) else None},
         "test": None,
         "seconds": round(seconds, 3),
         "why": {name: entry["why"] for name, entry in entries.items()},
@@ -162,7 +172,10 @@ def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         runs, test = read_study(files, config.seed)
         extra, fixed = runs.losses if config.optimum.max_worse is not None else (), fixed_domains(config.optimum.bounds)
         names, folds = config.fit.surrogates, config.fit.folds
-        fit = study_fit(runs, config.fit.target, names, test, config.seed, folds, list(extra), fixed)
+        larger = config.train.main.model != config.proxy.model
+        cores = len(os.sched_getaffinity(0)) if len(runs.losses) > 1 else 1
+        how = (config.seed, folds, list(extra), fixed, larger, cores)
+        fit = study_fit(runs, config.fit.target, names, test, *how)
         atomic_write_json(out / "fit.json", fit)
         return describe(fit["summary"])
 
@@ -219,7 +232,8 @@ def describe(summary: Mapping[str, Any]) -> str:
     cv, test = summary["cv"], summary["test"]
     names = summary["surrogate"] if isinstance(summary["surrogate"], str) else "one surrogate a loss"
     text = f"{summary['target']}: {names} on {summary['n_train']} runs, cross-validated Spearman {cv['spearman']:.4f}, "
-    text += f"MSE {cv['mse']:.3g}, 90 % intervals cover {cv['coverage90']:.0%}"
+    text += f"MSE {cv['mse']:.3g}"
+    text += "" if cv["coverage90"] is None else f", 90 % intervals cover {cv['coverage90']:.0%}"
     if test is not None:
         text += f"; test runs: Spearman {test['spearman']:.4f}, regret {test['regret_at_1']:.4f} nats"
     why = [f"\n  {why}" for why in summary["why"].values()] if len(summary["why"]) == 1 else []
