@@ -22,6 +22,7 @@ LEVELS = (0.05, 0.95)
 CANDIDATES = 256  # mixtures around the optimum at each distance that near-ties are looked for in
 DISTANCES = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the way from the optimum to a mixture anywhere in the region
 EXAMPLES = 5  # near-ties that are written out, as far from each other as they come
+REFIT_STARTS = 3  # of SLSQP where a refit is not convex: its optimum is near the one that is known
 SHORT_LIST = 32  # of simulated candidates averaged when a refit has no slopes to be solved with
 # Besiroglu et al. 2024 (arXiv 2404.10102) on Hoffmann et al. 2022: loss = E + A / params^a + B / tokens^b
 DATA_B, DATA_POWER = 2085.43, 0.3658
@@ -73,7 +74,7 @@ def solve_again(refits: Refits, region: Region, prior: FloatArray, near: FloatAr
     found = []
     for objective in refits.objectives:
         if objective.is_smooth:
-            found.append(solve(objective, region, prior, near, seed=seed))
+            found.append(solve(objective, region, prior, near, seed=seed, starts=REFIT_STARTS))
         else:
             found.append(near[np.argsort(objective.value(near), kind="stable")[:SHORT_LIST]].mean(axis=0))
     return np.array(found).reshape(-1, len(prior))

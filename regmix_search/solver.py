@@ -27,11 +27,12 @@ def solve(
     sample: FloatArray,
     minimum: float = MINIMUM,
     seed: int = 0,
+    starts: int = STARTS,
 ) -> FloatArray:
     """The weights [k] of lowest value in the region; weights below `minimum` are set to 0 where bounds allow.
 
     One convex law under caps alone: its own exact solution. Smooth surrogates: SLSQP, from many starts unless all are
-    convex. Any without slopes: simulation around the best. sample [n, k]: mixtures to start from.
+    convex. Any without slopes: simulation around the best. sample [n, k]: mixtures to start from, of which `starts`.
     """
     first = objective.terms[0][1]
     plain = len(objective.terms) == 1 and not objective.kl and not objective.ceilings
@@ -40,7 +41,7 @@ def solve(
     if not objective.is_smooth:
         weights = simulate(objective, region, prior, sample, seed)
     else:
-        weights = _solve_slsqp(objective, region, _starts(objective, region, prior, sample))
+        weights = _solve_slsqp(objective, region, _starts(objective, region, prior, sample, starts))
     return _drop_small(objective, region, weights, minimum)
 
 
@@ -67,7 +68,7 @@ def pareto_front(
     ]
 
 
-def _starts(objective: Objective, region: Region, prior: FloatArray, sample: FloatArray) -> FloatArray:
+def _starts(objective: Objective, region: Region, prior: FloatArray, sample: FloatArray, count: int) -> FloatArray:
     """Prior, uniform, the mixtures known and every domain filled to its bound: the best of them, best first."""
     k = len(prior)
     corners = np.eye(k) + 1e-6 * prior  # what a bound turns away goes to the others in proportion to the prior
@@ -75,7 +76,7 @@ def _starts(objective: Objective, region: Region, prior: FloatArray, sample: Flo
     value = objective.value(rows) + PRICE * objective.excess(rows)
     order = np.argsort(value, kind="stable")
     mixed = (rows[order[0]] + rows[0]) / 2  # inside, where slopes are finite: a better first step than from a face
-    return np.vstack([mixed, rows[order[: STARTS - 3]], rows[:2]])
+    return np.vstack([mixed, rows[order[: count - 1]]])
 
 
 def _solve_slsqp(objective: Objective, region: Region, starts: FloatArray) -> FloatArray:
@@ -83,7 +84,7 @@ def _solve_slsqp(objective: Objective, region: Region, starts: FloatArray) -> Fl
     lowest = np.inf
     for start in starts:
         weights = start
-        for _ in range(4):  # SLSQP stops early on flat ground: begin again where it ended
+        for _ in range(4 if objective.is_convex else 2):  # SLSQP stops early on flat ground: begin again there
             found = _slsqp(objective, region, weights)
             if found is None:
                 break
