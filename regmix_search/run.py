@@ -38,7 +38,11 @@ TABLES = (
     ("--losses", "CSV", "losses: index,metric/<name>_val_loss,... or run,<metric>,...; not with a trials.jsonl"),
     ("--test-mixtures", "CSV", "runs that are only scored, never fitted"),
     ("--test-losses", "CSV", "their losses"),
-    ("--space", "JSON", "prior, caps and tokens: a search's space.json"),
+    (
+        "--space",
+        "FILE",
+        "a search's space.json, {tokens: {domain: n}, target_tokens: n}, or a mixture.yaml: the prior",
+    ),
 )
 ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "train", "report")
 
@@ -161,8 +165,9 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
     if not (args.target or args.config or any(s.startswith("fit.target=") for s in args.set)):
         raise ValueError("--target: name the loss to minimise (or mean, worst, a=0.5,b=0.5)")
     from regmix_search import study
+    from regmix_search.study_files import StudyFiles
 
-    files = study.StudyFiles(args.mixtures, args.losses, args.test_mixtures, args.test_losses, args.limit, args.space)
+    files = StudyFiles(args.mixtures, args.losses, args.test_mixtures, args.test_losses, args.limit, args.space)
     fit = [lambda: study.fit_stage(search.config, files)]
     if args.stage == "fit":
         return [*fit]

@@ -10,8 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,53 +20,18 @@ from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.config import SearchConfig
 from regmix_search.exports import name_shards, write_exports
 from regmix_search.fits import fit_chosen, fit_targets
-from regmix_search.freshness import Stage, digest, read_json
+from regmix_search.freshness import Stage, digest
 from regmix_search.goals import Goal, parse_goal
 from regmix_search.region import fixed_domains
 from regmix_search.solution import provenance, solve_runs
-from regmix_search.space import FloatArray, Space, unlimited_space
+from regmix_search.space import FloatArray
+from regmix_search.study_files import StudyFiles, read_space, read_study
 from regmix_search.surrogates import SURROGATES, build_surrogate, group_mixtures, score
-from regmix_search.tables import Runs, read_ledger, read_runs, write_losses, write_mixtures
+from regmix_search.tables import Runs, write_losses, write_mixtures
 
 BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
 COVERAGE = 0.9
-
-
-@dataclass(frozen=True)
-class StudyFiles:
-    """The files and rows that a study reads."""
-
-    mixtures: Path  # RegMix's or Olmix's weights, or a ledger (trials.jsonl)
-    losses: Path | None = None  # not needed with a ledger
-    test_mixtures: Path | None = None  # runs that only score
-    test_losses: Path | None = None
-    limit: int | None = None  # fit on this many runs, drawn by the seed
-    space: Path | None = None  # space.json: prior, caps, tokens
-
-    def digests(self) -> dict[str, Any]:
-        """What the results depend on, as JSON."""
-        return {name: digest(value, name) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-
-def read_study(files: StudyFiles, seed: int = 0) -> tuple[Runs, Runs | None]:
-    """(runs to fit on, test runs or None). ValueError for broken tables and for tests of other domains or losses."""
-    runs, test = _read(files.mixtures, files.losses)
-    if files.test_mixtures:
-        test, _ = _read(files.test_mixtures, files.test_losses)
-    if test is not None:
-        _check_same("domains", files, runs.domains, test.domains)
-        test = Runs(test.index, runs.domains, _reorder(test, runs.domains), test.losses)
-    return draw_runs(runs, files.limit, seed), test
-
-
-def draw_runs(runs: Runs, limit: int | None, seed: int) -> Runs:
-    """`limit` of the runs: the first of a permutation seeded by `seed`. All of them when limit is None."""
-    if limit is None:
-        return runs
-    if not 2 <= limit <= len(runs.index):
-        raise ValueError(f"--limit {limit}: there are {len(runs.index)} runs; ask for 2 to {len(runs.index)}")
-    picks = np.random.default_rng(seed).permutation(len(runs.index))[:limit]
-    return runs.select(runs.index[i] for i in picks)
+SPREAD = 6  # losses from which processes of their own are worth the seconds that they take to start
 
 
 def check_study(runs: Runs, names: Sequence[str], fixed: Sequence[str] = ()) -> None:
@@ -173,7 +137,8 @@ def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         extra, fixed = runs.losses if config.optimum.max_worse is not None else (), fixed_domains(config.optimum.bounds)
         names, folds = config.fit.surrogates, config.fit.folds
         larger = config.train.main.model != config.proxy.model
-        cores = len(os.sched_getaffinity(0)) if len(runs.losses) > 1 else 1
+        losses = len({*parse_goal(config.fit.target, runs.losses).shares, *extra})
+        cores = len(os.sched_getaffinity(0)) if losses >= SPREAD else 1
         how = (config.seed, folds, list(extra), fixed, larger, cores)
         fit = study_fit(runs, config.fit.target, names, test, *how)
         atomic_write_json(out / "fit.json", fit)
@@ -185,13 +150,12 @@ def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:
 
 
 def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
-    """optimum.json and mixture.yaml. Without a space.json the prior is the mean mixture and nothing is capped."""
+    """optimum.json, mixture.yaml and exports/; see `read_space` for what bounds the weights."""
     out = config.run_dir
 
     def make() -> str:
         runs, _ = read_study(files, config.seed)
-        centre = dict(zip(runs.domains, np.mean(runs.weights, axis=0).tolist(), strict=True))
-        space = Space.from_json(read_json(files.space)) if files.space else unlimited_space(runs.domains, centre)
+        space = read_space(files.space, runs, config)
         optimum, text = solve_runs(out, space, runs, config)
         numbers = [row if isinstance(name, str) else name for row, name in enumerate(runs.index)]
         write_mixtures(out / "mixtures.csv", numbers, runs.domains, runs.weights)  # what the report is drawn from
@@ -207,6 +171,7 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         return text
 
     inputs = {**files.digests(), "seed": config.seed, "minimum": config.mixtures.minimum}
+    inputs |= {"target_tokens": config.target_tokens, "max_epochs": config.mixtures.max_epochs}
     inputs |= {"fit": digest(out / "fit.json", "fit"), "optimum": asdict(config.optimum)}
     names = ("optimum.json", "mixture.yaml", "exports/epochs.csv", "mixtures.csv", "losses.csv", "space.json")
     outputs = tuple(out / name for name in names)
@@ -238,26 +203,6 @@ def describe(summary: Mapping[str, Any]) -> str:
         text += f"; test runs: Spearman {test['spearman']:.4f}, regret {test['regret_at_1']:.4f} nats"
     why = [f"\n  {why}" for why in summary["why"].values()] if len(summary["why"]) == 1 else []
     return "".join([text, *why, *(f"\n  warning: {warning}" for warning in summary["warnings"])])
-
-
-def _read(mixtures: Path, losses: Path | None) -> tuple[Runs, Runs | None]:
-    if mixtures.suffix == ".jsonl":
-        if losses is not None:
-            raise ValueError(f"{mixtures} is a ledger and has the losses too: leave {losses} out")
-        runs, held = read_ledger(mixtures)
-        return runs, held if held.index else None
-    if losses is None:
-        raise ValueError(f"{mixtures}: name the table of losses as well; only a ledger (trials.jsonl) has both")
-    return read_runs(mixtures, losses), None
-
-
-def _check_same(what: str, files: StudyFiles, here: Sequence[str], there: Sequence[str]) -> None:
-    if odd := sorted(set(here) ^ set(there)):
-        raise ValueError(f"{files.test_mixtures or files.mixtures}: {what} {', '.join(odd)} are not in both tables")
-
-
-def _reorder(runs: Runs, domains: Sequence[str]) -> FloatArray:
-    return runs.weights[:, [runs.domains.index(domain) for domain in domains]]
 
 
 def _column(test: Runs, name: str) -> FloatArray:

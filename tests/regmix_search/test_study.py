@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from regmix_search import run as cli
+from regmix_search.config import SearchConfig
 from regmix_search.goals import Goal, parse_goal
-from regmix_search.study import StudyFiles, check_study, coverage, draw_runs, judge, read_study, study_fit
+from regmix_search.study import check_study, coverage, judge, study_fit
+from regmix_search.study_files import StudyFiles, draw_runs, read_space, read_study
 from regmix_search.tables import Runs, read_runs, write_losses, write_mixtures
 
 DOMAINS = ("web", "code", "math")
@@ -172,3 +174,57 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, capsys, change, messag
     files = write(tmp_path, make_runs())
     assert cli.main(["--stage", "fit", *files, "--target", "a", "--out", str(tmp_path / "out"), *change]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_prior_or_token_counts_bound_the_weights(tmp_path) -> None:
+    """From a mixture.yaml, from counts alone, and from a search's space.json in another order of domains."""
+    runs, config = make_runs(), SearchConfig(target_tokens=1000)
+    np.testing.assert_allclose(read_space(None, runs, config).prior, runs.weights.mean(axis=0))
+    (tmp_path / "m.yaml").write_text("train:\n  train_code: 0.3\n  train_math: 0.2\n  train_web: 0.5\n")
+    assert read_space(tmp_path / "m.yaml", runs, config).prior.tolist() == [0.5, 0.3, 0.2]
+    counts = {"code": 100, "math": 50, "web": 850}
+    (tmp_path / "t.json").write_text(json.dumps({"tokens": counts}))
+    space = read_space(tmp_path / "t.json", runs, config)
+    np.testing.assert_allclose(space.caps, [1, 0.4, 0.2])
+    np.testing.assert_allclose(space.prior, [0.85, 0.1, 0.05])
+    (tmp_path / "s.json").write_text(json.dumps(space.to_json() | {"domains": ["math", "web", "code"]}))
+    np.testing.assert_allclose(read_space(tmp_path / "s.json", runs, config).caps, space.caps)
+    (tmp_path / "t.json").write_text(json.dumps({"tokens": counts, "target_tokens": 500, "max_epochs": 2}))
+    np.testing.assert_allclose(read_space(tmp_path / "t.json", runs, config).caps, [1, 0.4, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"tokens": {"web": 1, "code": 1}, "target_tokens": 1}, "domains math are not in both"),
+        ({"tokens": {"web": 1, "code": 1, "math": 1}}, "target_tokens"),
+        ({"token": {}}, "unknown key 'token'. Did you mean 'tokens'"),
+        ({"tokens": {"web": 1, "code": 1, "math": 1}, "target_tokens": 100}, "Lower target_tokens"),
+    ],
+)
+def test_spaces_that_say_too_little_or_too_much_are_named(tmp_path, content, message) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_space(tmp_path / "t.json", make_runs(), SearchConfig())
+
+
+def test_a_study_ends_with_a_report_and_exports(tmp_path, capsys) -> None:
+    """Runs that Olmix named are numbered there; mixture.yaml and the exports carry tokens and epochs."""
+    runs = make_runs()
+    head = "run,name,index," + ",".join(DOMAINS)
+    rows = [f"r{i},x,0," + ",".join(map(repr, row)) for i, row in enumerate(runs.weights.tolist())]
+    (tmp_path / "ratios.csv").write_text("\n".join([head, *rows]) + "\n")
+    rows = [f"r{i},{a},{b}" for i, (a, b) in enumerate(zip(runs.losses["a"], runs.losses["b"], strict=True))]
+    (tmp_path / "metrics.csv").write_text("\n".join(["run,a,b", *reversed(rows)]) + "\n")
+    (tmp_path / "t.json").write_text(
+        json.dumps({"tokens": {"web": 500, "code": 100, "math": 800}, "target_tokens": 1000})
+    )
+    files = ["--mixtures", str(tmp_path / "ratios.csv"), "--losses", str(tmp_path / "metrics.csv")]
+    files += ["--space", str(tmp_path / "t.json"), "--target", "worst", "--surrogate", "effective"]
+    out = tmp_path / "out"
+    assert cli.main(["--stage", "optimize", *files, "--out", str(out)]) == 0, capsys.readouterr().err
+    text = (out / "report.md").read_text()
+    assert "minimises the worst of all losses" in text and "What is as good?" in text and "unimax" in text
+    epochs = (out / "exports/epochs.csv").read_text().splitlines()
+    assert epochs[0] == "domain,weight,tokens,available,epochs" and epochs[2].startswith("code,0.")
+    assert "significant" in text or "Predicted gain" in text
