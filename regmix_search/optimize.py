@@ -72,18 +72,17 @@ def find_optimum(
     goal = parse_goal(fit["target"] if target is None else target, fit["targets"])
     train = runs.select(fit["train_index"])
     models = {name: fit_chosen(runs, fit, name) for name in fit["targets"]}
-    whole = build_region(space, settings.bounds)
-    region, prior = known_only(whole, train.weights), whole.pull_in(space.prior[None])[0]
+    region = build_region(space, settings.bounds)
+    region, prior = known_only(region, train.weights), region.pull_in(space.prior[None])[0]
     objective = _objective(goal, models, prior, settings)
     weights = _solve(objective, region, space.prior, train.weights, minimum, seed, settings)
     free = solve(objective, lift_caps(region, space.caps), space.prior, train.weights, minimum, seed)
     observed = goal.of(train.losses)
     residuals = observed - goal.of({t: fit["targets"][t]["cv_predicted"] for t in goal.shares})
     asked = _opinions(runs, fit, goal, opinions)
-    refits = certainty.refit(objective, goal.shares, train, seed, settings.bootstraps)
-    refits = replace(refits, rivals=tuple(asked[name] for name in _rivals(fit, goal)))
-    low, high = certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist()
-    nearest, usual, beyond = sampled_region(weights, train.weights)
+    rivals = tuple(asked[name] for name in _rivals(fit, goal))
+    refits = replace(certainty.refit(objective, goal.shares, train, seed, settings.bootstraps), rivals=rivals)
+    interval = certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist()
     result = {
         "target": goal.to_json(),
         "weights": space.named(weights),
@@ -93,22 +92,19 @@ def find_optimum(
         "predicted": {name: float(model.predict(weights[None])[0]) for name, model in models.items()},
         "prior_predicted": {name: float(model.predict(prior[None])[0]) for name, model in models.items()},
         "objective": {"predicted": objective.at(weights), "prior": objective.at(prior)},
-        "interval90": [low, high],
+        "interval90": interval,
         "unconstrained": {"weights": space.named(free), "predicted": objective.at(free)},
         "best_observed": _best_observed(space, region, train, observed),
         "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in asked.items()},
-        "inside_sampled_region": nearest <= usual and not beyond,
-        "beyond": {space.domains[i]: float(train.weights[:, i].max()) for i in beyond},
-        "distance": nearest,
-        "usual_distance": usual,
+        **_place(space, weights, train.weights),
         "method": settings.method,
         "duality_gap": duality_gap(objective, region, weights),
     }
     result |= _surroundings(space, region, objective, refits, residuals, weights, prior, result, seed)
     if settings.pareto:
-        named = {name: models[name] for name in goal.shares}
-        front = pareto_front(named, region, space.prior, train.weights, settings.pareto, seed)
-        result["pareto"] = [{**point, "weights": space.named(point["weights"])} for point in front]
+        shown = {name: models[name] for name in goal.shares}
+        front = pareto_front(shown, region, space.prior, train.weights, settings.pareto, seed)
+        result["pareto"] = [point | {"weights": space.named(point["weights"])} for point in front]
     return {**result, "warnings": _warn(result, fit, goal, settings.max_worse)}
 
 
@@ -187,6 +183,17 @@ def _best_observed(space: Space, region: Region, train: Runs, observed: FloatArr
     loss = float(observed[row])
     weights = space.named(train.weights[row])
     return {"index": train.index[row], "weights": weights, "loss": loss, "obeys_caps": bool(obeys[row])}
+
+
+def _place(space: Space, weights: FloatArray, sample: FloatArray) -> dict[str, Any]:
+    """Where the optimum lies among the mixtures that were run."""
+    nearest, usual, beyond = sampled_region(weights, sample)
+    return {
+        "inside_sampled_region": nearest <= usual and not beyond,
+        "beyond": {space.domains[i]: float(sample[:, i].max()) for i in beyond},
+        "distance": nearest,
+        "usual_distance": usual,
+    }
 
 
 def _opinions(runs: Runs, fit: Mapping[str, Any], goal: Goal, more: Sequence[str]) -> dict[str, Objective]:
