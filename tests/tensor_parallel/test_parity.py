@@ -230,10 +230,12 @@ def check_steps(results: list[dict[str, Any]], kind: str) -> None:
         assert result[kind, "repeated"]
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_stay_together_and_repeat_bitwise(trained):
     check_steps(trained, "fp32")
 
 
+@pytest.mark.slow
 def test_replicated_parameters_are_bit_equal_on_all_ranks_and_padding_stays_zero(trained):
     check_replicas(trained, "fp32")
 
