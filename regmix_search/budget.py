@@ -22,7 +22,7 @@ def describe(search: Search) -> str:
     there = config.shards.data_dir is not None or list(search.shards_dir.glob("train_*.idx"))
     inventory = take_inventory(search.shards_dir) if there else None
     if inventory is not None:
-        inventory.check_target("fit.target", config.fit.target)
+        search.goal_losses(inventory)
     vocab_size = vocabulary(search, inventory)
     proxy = resolve(config.proxy, vocab_size)
     lines = [f"search {config.name} -> {search.out}: dry run"]

@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from regmix_search.designs import IntArray, embed
 from regmix_search.goals import Goal, parse_goal
+from regmix_search.region import Region
 from regmix_search.space import FloatArray, Space, bound, draw_mixtures, sample_mixtures
 from regmix_search.surrogates import Surrogate, build_surrogate
 from regmix_search.tables import Runs
@@ -60,9 +61,11 @@ def expected_improvement(fitted: Fitted, mixtures: FloatArray) -> FloatArray:
     return np.asarray(deviation * (better * norm.cdf(better) + norm.pdf(better)))
 
 
-def propose(fitted: Fitted, pool: FloatArray | Space, count: int, seed: int = 0) -> FloatArray:
+def propose(
+    fitted: Fitted, pool: FloatArray | Space, count: int, seed: int = 0, region: Region | None = None
+) -> FloatArray:
     """`count` mixtures [count, k] to run next, from a pool [m, k] or from anywhere in a space (`draw_pool`)."""
-    rows = draw_pool(fitted, pool, seed) if isinstance(pool, Space) else pool
+    rows = draw_pool(fitted, pool, seed, region=region) if isinstance(pool, Space) else pool
     return np.asarray(rows[propose_rows(fitted, rows, count)[0]])
 
 
@@ -91,8 +94,13 @@ def propose_rows(fitted: Fitted, pool: FloatArray, count: int) -> tuple[IntArray
     return rows, gains[rows]
 
 
-def draw_pool(fitted: Fitted, space: Space, seed: int, minimum: float = 2e-4) -> FloatArray:
-    """Mixtures [m, k] under the caps: half RegMix's draws, half around the best runs; no weight under `minimum`."""
+def draw_pool(
+    fitted: Fitted, space: Space, seed: int, minimum: float = 2e-4, region: Region | None = None
+) -> FloatArray:
+    """Mixtures [m, k] under the caps: half RegMix's draws, half around the best runs; no weight under `minimum`.
+
+    With a region, half of all are moved into it: the optimum lies there, but mixtures outside tell of it too.
+    """
     wide = sample_mixtures(space, POOL // 2, seed, minimum=minimum, over_cap="project")
     rng = np.random.default_rng([seed, zlib.crc32(b"proposals")])
     best = fitted.weights[np.argsort(fitted.losses, kind="stable")[:NEAR_BEST]]
@@ -100,4 +108,7 @@ def draw_pool(fitted: Fitted, space: Space, seed: int, minimum: float = 2e-4) ->
     near = np.vstack([draw_mixtures(row + 0.01 * space.prior, np.array(STRENGTHS), each, rng) for row in best])
     near = np.where(near < minimum, 0.0, near)
     room = np.where(near > 0, space.caps, 0.0).sum(axis=1) >= 1
-    return np.vstack([wide, bound(near[room], space.caps)])
+    pool = np.vstack([wide, bound(near[room], space.caps)])
+    if region is None or (region.is_capped_simplex and np.array_equal(region.high, space.caps)):
+        return pool
+    return np.vstack([pool[::2], region.pull_in(pool[1::2])])

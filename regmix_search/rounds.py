@@ -13,6 +13,7 @@ from regmix_search.fits import run_noise
 from regmix_search.freshness import read_json
 from regmix_search.ledger import replay
 from regmix_search.proposals import Fitted, draw_pool, fit_runs, propose_rows
+from regmix_search.region import build_region
 from regmix_search.search import Search
 from regmix_search.space import FloatArray, Space
 from regmix_search.tables import append_mixtures, read_mixtures, read_runs
@@ -46,7 +47,8 @@ def add_round(search: Search) -> tuple[str, bool]:
     if (why := _over_budget(search, len(index) + config.batch)) is not None:
         return _stop(out, history, why), False
     space = Space.from_json(read_json(out / "space.json"))
-    pool = draw_pool(fitted, space, search.config.seed + number, config.minimum)
+    region = build_region(space, search.config.optimum.bounds)
+    pool = draw_pool(fitted, space, search.config.seed + number, config.minimum, region)
     picks, gains = propose_rows(fitted, pool, config.batch)
     gain = float(gains.max())
     history = [*history, {"round": number + 1, "best": best, "expected_gain": gain, "noise": noise}]

@@ -49,6 +49,24 @@ class Search:
         main = self.config.train.main.data.seq_length if self.config.train.enabled else 0
         return max(self.config.proxy.data.seq_length, main)
 
+    def goal_losses(self, inventory: Inventory) -> list[str]:
+        """The validation losses that fit.target is made of; ValueError for those that are not there.
+
+        Several are one goal of the proxies; what follows the optimum compares models on one loss, and is left out.
+        """
+        target, test = self.config.fit.target, self.config.fit.target_test
+        if target in inventory.valid or not ("=" in target or target in ("mean", "worst")):
+            inventory.check_target("fit.target", target)
+            return [target]
+        from regmix_search.goals import parse_goal  # numpy: --help starts without it
+
+        names = list(parse_goal(target, [name for name in inventory.valid if name != test]).shares)
+        if len(names) > 1 and self.config.train.enabled:
+            raise ValueError(
+                f"fit.target={target}: models are compared on one loss; set train.enabled=false and stop before them"
+            )
+        return names
+
     def workers(self, wanted: int) -> int:
         """A number of processes; 0 is one a core that this process may use."""
         return wanted or len(os.sched_getaffinity(0))

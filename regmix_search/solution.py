@@ -20,18 +20,21 @@ OPINIONS = 2  # losses of a goal up to which every surrogate is asked about the 
 
 def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> str:
     """Writes fit.json and says what it found. held: indices of runs that neither fit nor choice may see."""
+    goal = parse_goal(config.fit.target, runs.losses)
     fit = fit_targets(
         runs,
-        config.fit.target,
+        next(iter(goal.shares)) if len(goal.shares) == 1 else goal.shares,
         names=config.fit.surrogates or SURROGATES,
         holdout=held,
         seed=config.seed,
         folds=config.fit.folds,
         larger=config.train.main.model != config.proxy.model,  # then smooth laws are preferred: they carry over
     )
+    fit["target"] = goal.to_json()
     atomic_write_json(out / "fit.json", fit)
-    chosen = fit["targets"][config.fit.target]
-    return f"{config.fit.target}: {chosen['why']}{_holdout_words(chosen['holdout'])}{_warned(fit)}"
+    said = [(name, fit["targets"][name]) for name in goal.shares]
+    lines = [f"{name}: {chosen['why']}{_holdout_words(chosen['holdout'])}" for name, chosen in said]
+    return "\n  ".join(lines) + _warned(fit)
 
 
 def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tuple[dict[str, Any], str]:

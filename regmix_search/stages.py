@@ -95,7 +95,7 @@ def settings(config: SearchConfig) -> dict[str, Any]:
 def proxies(search: Search) -> Stage:
     """losses.csv: every mixture trained and scored on the validation sets, the test target excepted."""
     config, out, inventory = search.config, search.out, search.inventory
-    inventory.check_target("fit.target", config.fit.target)
+    search.goal_losses(inventory)  # refuses losses that will not be measured
     if config.fit.target_test is not None:
         inventory.check_target("fit.target_test", config.fit.target_test)
     path, rounds = out / "trials.jsonl", config.mixtures.rounds

@@ -148,6 +148,16 @@ def test_proposals_from_anywhere_obey_the_caps() -> None:
     assert len(draw_pool(fitted, SPACE, 1)) > 2000
 
 
+def test_proposals_know_the_bounds() -> None:
+    """The bowl is lowest at .4 of web; where .6 at least is asked for, that is where they go."""
+    fitted, region = bowl(), build_region(SPACE, ["web=0.6.."])
+    pool = draw_pool(fitted, SPACE, 1, region=region)
+    inside = np.array([region.holds(row) for row in pool])
+    assert 0.5 <= inside.mean() < 1 and np.all(pool <= SPACE.caps + 1e-9)
+    grouped = build_region(SPACE, ["web+code=..0.3"])
+    assert np.mean([grouped.holds(row) for row in draw_pool(fitted, SPACE, 1, region=grouped)]) >= 0.5
+
+
 def test_goals_of_several_losses_have_a_deviation() -> None:
     two = {"a": Bowl(np.full(5, 0.2), 3.0), "b": Bowl(np.full(5, 0.2), 4.0)}
     rows = np.full((1, 5), 0.2)

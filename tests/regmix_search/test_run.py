@@ -207,6 +207,20 @@ def test_a_search_goes_on_in_rounds(smoke, tmp_path):
     assert json.loads((out / "fit.json").read_text())["n_train"] == 16
 
 
+def test_a_search_may_minimise_several_losses(smoke, tmp_path):
+    """The proxies measure them all anyway; models are compared on one loss, so a search of several ends before."""
+    out = copy_search(smoke, tmp_path)
+    several = ["--set", "fit.target=prose=1,python=3", "--set", "fit.surrogates=[linear]"]
+    refused = start(out, *several, "--stage", "proxies")
+    assert refused.wait() == 2 and "set train.enabled=false" in refused.communicate()[0]
+    several += ["--set", "train.enabled=false"]
+    for stage in ("proxies", "fit", "optimize", "report"):
+        finish(out, *several, "--stage", stage)
+    found = json.loads((out / "optimum.json").read_text())
+    assert found["target"] == {"prose": 0.25, "python": 0.75} and sum(found["weights"].values()) == pytest.approx(1)
+    assert "a mean of several losses" in (out / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
