@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from regmix_search import designs
 from regmix_search.designs import control_mixtures, d_optimal, draw_design, embed, maximin
 from regmix_search.goals import Goal
 from regmix_search.proposals import Fitted, draw_pool, expected_improvement, fit_runs, propose, propose_rows
@@ -55,6 +56,14 @@ def test_exchanges_reach_the_best_of_all_small_designs() -> None:
 
     best = max(combinations(range(9), 3), key=value)
     assert value(tuple(d_optimal(pool, 3))) == pytest.approx(value(best))
+
+
+def test_exchanges_improve_on_the_greedy_design(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = [np.random.default_rng(seed).dirichlet(np.full(4, 0.5), size=40) for seed in range(8)]
+    exchanged = [determinant(pool[d_optimal(pool, 6)]) for pool in pools]
+    monkeypatch.setattr(designs, "PASSES", 0)
+    greedy = [determinant(pool[d_optimal(pool, 6)]) for pool in pools]
+    assert np.all(np.array(exchanged) >= np.array(greedy) - 1e-3) and np.mean(exchanged) > np.mean(greedy) + 0.01
 
 
 def test_designs_keep_away_from_what_is_run_anyhow() -> None:

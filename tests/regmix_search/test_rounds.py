@@ -86,6 +86,18 @@ def test_rounds_end_when_the_gain_is_below_the_noise_twice_running(tmp_path: Pat
     assert len(last) < 9 and last[-1]["expected_gain"] < last[-1]["noise"]
 
 
+def test_one_round_of_small_gain_does_not_end_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A surrogate of few runs may be too sure: the gain must be below the noise twice running."""
+    gains, folder = iter([0.001, 9.0, 0.001, 0.001]), Folder(tmp_path, noise=0.5, rounds=9)
+
+    def stub(fitted: Any, pool: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(count) + 4 * len(fitted.losses), np.full(count, next(gains))
+
+    monkeypatch.setattr(rounds, "propose_rows", stub)
+    assert "2 rounds running" in run_all(folder)[-1]
+    assert [entry["expected_gain"] for entry in folder.history()["rounds"]] == [0.001, 9.0, 0.001]
+
+
 def test_rounds_end_with_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """15 proxies of 2 FLOPs and a round of 4 are 38; two rounds would be 46."""
     folder = Folder(tmp_path, noise=1e-5, max_flops=45.0)
