@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from regmix_search.choice import choose, cross_validate
 from regmix_search.fits import fit_targets
 from regmix_search.objective import Objective
 from regmix_search.optimize import find_optimum, interval90
+from regmix_search.simulation import simulate_top
 from regmix_search.space import unlimited_space
 from regmix_search.surrogates import build_surrogate, score
 from regmix_search.tables import Runs, read_runs
@@ -123,3 +125,47 @@ def test_the_optimum_of_64_runs_is_near_the_published_one(train: Runs) -> None:
     assert found["predicted"][TARGET] < min(some.losses[TARGET]) + 0.03  # 0.03: the noise of one run
     low, high = found["interval90"]
     assert low < 5.10 < high  # what several surrogates on all 512 runs predict for the published mixture
+
+
+def weights_of(name: str, domains: tuple[str, ...]) -> np.ndarray:
+    """A published mixture of configs/mixture, normalised as the trainer does."""
+    path = Path(__file__).resolve().parents[2] / "configs" / "mixture" / f"{name}.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
+    assert set(written) <= {f"train_{domain}" for domain in domains}
+    weights = np.array([written.get(f"train_{domain}", 0.0) for domain in domains])
+    return weights / weights.sum()
+
+
+def test_published_mixtures_are_those_of_the_paper(train: Runs) -> None:
+    """Sums as published (RegMix normalises on reading), and the losses that the law predicts for them in order."""
+    model = build_surrogate("effective").fit(train.weights, train.losses[TARGET])
+    names = ("regmix", "pile_cc_only", "doremi", "natural", "human")
+    found = [float(model.predict(weights_of(name, train.domains)[None])[0]) for name in names]
+    np.testing.assert_allclose(found, [5.110, 5.137, 5.105, 5.329, 5.376], atol=0.02)
+    cc = train.domains.index(TARGET)
+    assert weights_of("regmix", train.domains)[cc] == pytest.approx(0.8701291419934237)
+    assert weights_of("human", train.domains)[cc] == pytest.approx(0.1121 / 0.7868)
+    assert weights_of("doremi", train.domains)[cc] == pytest.approx(0.6057 / 0.8148)
+
+
+@pytest.mark.slow
+def test_the_published_optimum_is_replayed(train: Runs) -> None:
+    """RegMix's way, LightGBM and the 100 best of a million draws from the prior, ends where RegMix did."""
+    objective = Objective(((1.0, build_surrogate("lightgbm").fit(train.weights, train.losses[TARGET])),))
+    found = simulate_top(objective, weights_of("natural", train.domains), 1_000_000, 100, seed=0)
+    distance = float(np.abs(found - weights_of("regmix", train.domains)).sum())
+    print(f"L1 distance to the published optimum: {distance:.3f}")
+    assert distance <= 0.10
+    assert np.argsort(-found)[:2].tolist() == [train.domains.index(TARGET), train.domains.index("the_pile_ubuntu_irc")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [64, 512])
+def test_auto_covers_nine_tenths_of_the_13_losses(n: int, train: Runs) -> None:
+    """By the choice that cross-validation makes without the fold, on every loss."""
+    some = subset(train, n, 0)
+    fit = fit_targets(some, TARGET, workers=2)
+    covered = {name: entry["nested"]["coverage90"] for name, entry in fit["targets"].items()}
+    print({name: round(value, 3) for name, value in covered.items()})
+    assert 0.87 <= np.mean(list(covered.values())) <= 0.93
+    assert all(0.85 - (n == 64) * 0.05 <= value <= 0.95 + (n == 64) * 0.03 for value in covered.values())
