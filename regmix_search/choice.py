@@ -20,6 +20,7 @@ from regmix_search.trees import LightGBM
 
 POOR_SPEARMAN = 0.5  # below this, half of the ranking is noise
 PARTS_FIRST = ("linear", "loglinear", "lightgbm", "effective", "power", "gp", "effective_gp", "average")
+TIE = 2.0  # standard errors within which cross-validation cannot tell two candidates apart
 DROP = 2.0  # standard errors behind the best after which a candidate runs no more folds: trees take most of the time
 RACE_FROM = 60  # out-of-fold runs before any candidate is dropped
 FEW = 128  # distinct mixtures up to which folds are drawn three times
@@ -130,7 +131,7 @@ def _predict_all(models: Mapping[str, Surrogate], weights: FloatArray) -> dict[s
     """Predictions [m] of every model, the average's from its parts where these are there: processes take the time."""
     found = {name: model.predict(weights) for name, model in models.items() if name != Average.name}
     if Average.name in models and {LawProcess.name, GaussianProcess.name} <= found.keys():
-        found[Average.name] = (found[LawProcess.name] + found[GaussianProcess.name]) / 2
+        found[Average.name] = Average.mix(found[LawProcess.name], found[GaussianProcess.name])
     elif Average.name in models:
         found[Average.name] = models[Average.name].predict(weights)
     return found
@@ -165,12 +166,12 @@ def _behind(errors: FloatArray, best: FloatArray, allowed: float) -> tuple[float
 
 
 def _prefer(errors: Mapping[str, FloatArray], larger: bool) -> str:
-    """The lowest mean squared error; for a larger target the smoothest within one standard error of it."""
+    """Of those that tie with the lowest mean squared error: the smoothest for a larger target, else the average."""
     best = _best(errors)
-    if not larger:
-        return best
-    close = [name for name in errors if name == best or _behind(errors[name], errors[best], 1.0)[0] <= 0]
-    return min(close, key=SURROGATES.index)
+    close = [name for name in errors if name == best or _behind(errors[name], errors[best], TIE)[0] <= 0]
+    if larger:
+        return min(close, key=SURROGATES.index)
+    return Average.name if Average.name in close else best
 
 
 def _nest(
@@ -216,7 +217,7 @@ def choose(
     repeats: int | None = None,
     larger: bool = False,
 ) -> Choice:
-    """Picks a surrogate by cross-validated squared error: the best, or a smoother one within a standard error.
+    """Picks a surrogate by cross-validated squared error: the best, or a safer one within a standard error.
 
     larger: the mixture is for a larger model than these runs, to which the detail that a process learns does not carry
     over. The standard error is that of the paired difference over runs; preference is the order of SURROGATES.
@@ -234,7 +235,7 @@ def choose(
     errors = {n: results[n].errors for n in left}
     chosen, best = _prefer(errors, larger), _best(errors)
     found = results[chosen]
-    behind = _behind(errors[chosen], errors[best], 1.0)[1:]
+    behind = _behind(errors[chosen], errors[best], TIE)[1:]
     others = {n: result.scores for n, result in results.items()}
     predicted, deviation = _nest(trials[0], weights, losses, seed, larger)
     inside = coverage90(predicted - losses, deviation, trials[0].fold)

