@@ -62,8 +62,7 @@ def calibrate(errors: FloatArray, deviations: FloatArray) -> float:
 def coverage90(errors: FloatArray, deviations: FloatArray, fold: Folds) -> float:
     """Share of errors inside 90 % intervals that were calibrated on the other folds. NaN with fewer than two."""
     inside = np.full(len(errors), np.nan)
-    for i in np.unique(fold):
-        out = fold == i
+    for out in (fold == i for i in np.unique(fold)):
         if not out.all():
             inside[out] = np.abs(errors[out]) <= calibrate(errors[~out], deviations[~out]) * deviations[out]
     return float(np.mean(inside))
@@ -149,13 +148,9 @@ def _run_folds(names: Sequence[str], weights: FloatArray, losses: FloatArray, fo
         seen = fold <= i
         if seen.sum() >= RACE_FROM:
             errors = {name: (predicted[name][seen] - losses[seen]) ** 2 for name in alive}
-            best = _best(errors)
+            best = min(errors, key=lambda name: float(np.mean(errors[name])))
             alive = [n for n in alive if n == best or _behind(errors[n], errors[best], DROP)[0] <= 0]
     return _Trial(fold, models, predicted, deviation, alive)
-
-
-def _best(errors: Mapping[str, FloatArray]) -> str:
-    return min(errors, key=lambda name: float(np.mean(errors[name])))
 
 
 def _behind(errors: FloatArray, best: FloatArray, allowed: float) -> tuple[float, float, float]:
@@ -167,7 +162,7 @@ def _behind(errors: FloatArray, best: FloatArray, allowed: float) -> tuple[float
 
 def _prefer(errors: Mapping[str, FloatArray], larger: bool) -> str:
     """Of those that tie with the lowest mean squared error: the smoothest for a larger target, else the average."""
-    best = _best(errors)
+    best = min(errors, key=lambda name: float(np.mean(errors[name])))
     close = [name for name in errors if name == best or _behind(errors[name], errors[best], TIE)[0] <= 0]
     if larger:
         return min(close, key=SURROGATES.index)
@@ -217,11 +212,11 @@ def choose(
     repeats: int | None = None,
     larger: bool = False,
 ) -> Choice:
-    """Picks a surrogate by cross-validated squared error: the best, or a safer one within a standard error.
+    """Picks a surrogate by cross-validated squared error: the best, or a safer one that ties with it.
 
     larger: the mixture is for a larger model than these runs, to which the detail that a process learns does not carry
-    over. The standard error is that of the paired difference over runs; preference is the order of SURROGATES.
-    repeats None: 3 up to 128 mixtures, 1 above. Raises ValueError for no names, or runs of a single mixture.
+    over: then the smoothest that ties, by the order of SURROGATES. Standard errors are of paired differences over runs.
+    repeats None: 3 up to 128 mixtures, 1 above. ValueError for no names, or runs of a single mixture.
     """
     weights, losses = check_runs(weights, losses)
     mixtures = int(group_mixtures(weights).max()) + 1
@@ -233,7 +228,7 @@ def choose(
         left = trials[-1].alive
     results = {n: _gather(n, losses, [t for t in trials if n in t.predicted]) for n in names}
     errors = {n: results[n].errors for n in left}
-    chosen, best = _prefer(errors, larger), _best(errors)
+    chosen, best = _prefer(errors, larger), min(errors, key=lambda name: float(np.mean(errors[name])))
     found = results[chosen]
     behind = _behind(errors[chosen], errors[best], TIE)[1:]
     others = {n: result.scores for n, result in results.items()}
@@ -276,10 +271,12 @@ def _explain(
         return f"{chosen} was the only candidate ({quality})"
     if chosen == best:
         return f"{chosen} has the lowest cross-validated error of {len(candidates)} candidates ({quality})"
+    reason = (
+        "averages err least on new mixtures" if chosen == Average.name else "smooth laws carry over to larger models"
+    )
     return (
-        f"{chosen} ({quality}) is within noise of {best} (RMSE {candidates[best]['rmse']:.4f}): squared error "
-        f"larger by {behind[0]:.2g}, one standard error {behind[1]:.2g}; preferred because smooth laws carry over to "
-        "larger models"
+        f"{chosen} ({quality}) is within noise of {best} (RMSE {candidates[best]['rmse']:.4f}): squared error larger "
+        f"by {behind[0]:.2g}, one standard error {behind[1]:.2g}; preferred because {reason}"
     )
 
 
