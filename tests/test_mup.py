@@ -31,7 +31,7 @@ def shape_of(width: int, base: int | None, **sizes) -> ModelShape:
 
 def coordinates(width: int, base: int | None, optimizer: str, seed: int) -> list[list[float]]:
     """mean |activation| of each block's output and of the logits, after 0, 1, ... STEPS steps on one batch."""
-    model, config = GPT(shape_of(width, base), seed), OptimConfig(optimizer, lr=1e-3)
+    model, config = GPT(shape_of(width, base), seed), OptimConfig(optimizer, lr=1e-3 if optimizer == "adamw" else 1e-2)
     groups = param_groups(model, config.weight_decay, hidden_lr_scale(config, model.shape.mup_width))
     update = build_optimizer(groups, config)
     set_learning_rate(update.param_groups, config.lr)
