@@ -92,8 +92,9 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and clipping."""
+    """The optimizer and clipping."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with AdamW for the rest
     lr: float = 4e-4  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's moment decay rates
     eps: float = 1e-8  # AdamW's epsilon

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig, ScheduleConfig
 from megatron_lite.mesh import TensorParallel
+from megatron_lite.tensor_parallel.shards import Shard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # AdamW's two; Muon's
 Slices = Mapping[nn.Parameter, nn.Parameter]  # parameter -> what the optimizer has in its place
@@ -65,8 +67,10 @@ def is_hidden(name: str, param: Tensor) -> bool:
     return name.startswith("blocks.") and param.dim() == 2
 
 
-def hidden_lr_scale(mup_width: float) -> float | None:
+def hidden_lr_scale(config: OptimConfig, mup_width: float) -> float | None:
     """Learning rate of the blocks' matrices over the others' (Tensor Programs V, table 8); None: they have no group."""
+    if config.optimizer == "muon":
+        return 1 / math.sqrt(mup_width)  # its update's spectral norm grows with the root of the width, AdamW's with it
     return None if mup_width == 1 else 1 / mup_width
 
 
@@ -76,11 +80,42 @@ def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
     """A fused AdamW over groups like those of ``param_groups``, one kernel for the whole step: see ``adamw_name``."""
+    if config.optimizer == "muon":
+        return MuonAdamW(groups, config)
     if apex_imports(groups[0]["params"][0].device):
-        return cast(torch.optim.AdamW, apex_adamw(groups, config))
+        return apex_adamw(groups, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class MuonAdamW:
+    """torch's Muon for the first group, packed matrices (q, k, v; gate, up) part by part, and AdamW for the rest.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so both have optim.lr and its decay.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        self.adamw = build_optimizer(groups[1:], dataclasses.replace(config, optimizer="adamw"))
+        self.parts: dict[Tensor, list[Tensor]] = {}  # views of a parameter
+        for param in groups[0]["params"]:
+            shard = cast(Shard, shard_of(param))
+            self.parts[param] = [*param.detach().split(shard.parts if shard.dim == 0 else len(param))]
+        views = [part for parts in self.parts.values() for part in parts]
+        self.muon = torch.optim.Muon([{**groups[0], "params": views}], adjust_lr_fn="match_rms_adamw")
+        self.state, self.param_groups = self.adamw.state, [*self.muon.param_groups, *self.adamw.param_groups]
+        self.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in self.parts})
+
+    def step(self) -> None:
+        """One update, the parts' gradients and momenta views of the parameters'."""
+        for param, parts in self.parts.items():
+            wholes = (cast(Tensor, param.grad), self.state[param]["momentum_buffer"])
+            pieces = (whole.split([*map(len, parts)]) for whole in wholes)
+            for part, grad, momentum in zip(parts, *pieces, strict=True):
+                part.grad, self.muon.state[part] = grad, {"momentum_buffer": momentum}
+        self.muon.step()
+        self.muon.zero_grad()
+        self.adamw.step()
 
 
 def apex_imports(device: torch.device) -> bool:

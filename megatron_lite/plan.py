@@ -141,6 +141,9 @@ def _check(config: Config, engine: str, total_steps: int) -> None:
         raise ValueError(f"parallel.zero_stage={stage}: 0 to 2 are supported (weights at rest are ours, not ZeRO's)")
     if stage == 2 and engine == "torch":
         raise ValueError("parallel.zero_stage=2 needs the DeepSpeed engine: --engine deepspeed, or set it to 0 or 1")
+    if config.optim.optimizer == "muon" and (engine != "torch" or stage or config.parallel.tensor_parallel_size > 1):
+        way_out = "--engine torch, parallel.zero_stage=0 and parallel.tensor_parallel_size=1, or optim.optimizer=adamw"
+        raise ValueError(f"optim.optimizer=muon needs whole matrices and their gradients on each rank: {way_out}")
     if config.deepspeed and engine == "torch":
         raise ValueError("deepspeed: has keys, but the engine is torch; use --engine deepspeed or remove them")
     for key in ("every", "keep"):

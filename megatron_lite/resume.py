@@ -27,6 +27,7 @@ NEVER = {  # what a resumed run may not change, and what to do instead
     "tokenizer": "the same ids would mean other text to a half-trained model: tokenise with the old tokenizer",
     "batch.global_batch_size": "a step is counted in it, and so is all that follows from the step: keep it, and change "
     "batch.micro_batch_size or the number of ranks",
+    "optim.optimizer": "the moments are another optimizer's: start a new run with init_from",
     "megatron": "its order follows from the length of the whole run, the mixture and the data as they were: keep them",
     "order": "this version draws samples in another order: finish the run with the version that began it",
 }

@@ -136,10 +136,10 @@ def load(run: Run) -> None:
     cut = slicer(module, run.mesh.tp)
     if path is not None:
         params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
-        put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module), cut))
+        put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module, run.config.optim), cut))
     elif run.config.init_from:
         whole = initial_weights(run.config.init_from, run.plan.shape)
-        fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module).items()}
+        fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module, run.config.optim).items()}
         put(run, {name: cut(name, tensor) for name, tensor in whole.items()}, fresh)
 
 

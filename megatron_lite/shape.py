@@ -140,11 +140,9 @@ def _check(shape: ModelShape) -> None:
         raise ValueError(f"model: head size {h}/{n}={shape.head_dim} must be even for rotary embeddings")
     if n % kv:
         raise ValueError(f"model.num_heads={n} is not divisible by model.num_kv_heads={kv}")
-    if shape.mup_base_width is not None and shape.mup_base_width < 1:
-        raise ValueError(f"model.mup_base_width={shape.mup_base_width} must be a hidden size, or null")
     scaling = shape.rope_scaling
     if scaling and not (scaling.factor >= 1 and 0 < scaling.low_freq_factor < scaling.high_freq_factor):
         raise ValueError(f"model.rope_scaling={scaling}: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
-    for name in ("num_layers", "ffn_hidden_size", "vocab_size", "seq_length"):
-        if getattr(shape, name) < 1:
+    for name in ("num_layers", "ffn_hidden_size", "vocab_size", "seq_length", "mup_base_width"):
+        if (size := getattr(shape, name)) is not None and size < 1:
             raise ValueError(f"model: {name}={getattr(shape, name)} must be at least 1")

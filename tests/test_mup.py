@@ -29,12 +29,12 @@ def shape_of(width: int, base: int | None, **sizes) -> ModelShape:
     return resolve_shape(ModelConfig(hidden_size=width, **(heads | sizes)), T, sizes.get("vocab_size", V))
 
 
-def coordinates(width: int, base: int | None, seed: int) -> list[list[float]]:
+def coordinates(width: int, base: int | None, optimizer: str, seed: int) -> list[list[float]]:
     """mean |activation| of each block's output and of the logits, after 0, 1, ... STEPS steps on one batch."""
-    model, config = GPT(shape_of(width, base), seed), OptimConfig(lr=1e-3)
-    groups = param_groups(model, config.weight_decay, hidden_lr_scale(model.shape.mup_width))
-    optimizer = build_optimizer(groups, config)
-    set_learning_rate(optimizer.param_groups, config.lr)
+    model, config = GPT(shape_of(width, base), seed), OptimConfig(optimizer, lr=1e-3 if optimizer == "adamw" else 1e-2)
+    groups = param_groups(model, config.weight_decay, hidden_lr_scale(config, model.shape.mup_width))
+    update = build_optimizer(groups, config)
+    set_learning_rate(update.param_groups, config.lr)
     tokens = torch.randint(0, V, (8, T + 1), generator=torch.Generator().manual_seed(seed))
     seen: list[Tensor] = []
     for block in model.blocks:
@@ -47,25 +47,26 @@ def coordinates(width: int, base: int | None, seed: int) -> list[list[float]]:
         history.append([x.item() for x in seen])
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
         clip_grad_norm(model, 1.0, TensorParallel())
-        optimizer.step()
-        optimizer.zero_grad()
+        update.step()
+        model.zero_grad()
     return history
 
 
-def slopes(base: int | None) -> np.ndarray:
+def slopes(base: int | None, optimizer: str) -> np.ndarray:
     """d log(mean |x|) / d log(width) after each step from the first on: [step, block 0, block 1, logits]."""
-    sizes = np.array([[coordinates(w, base, s) for s in range(SEEDS)] for w in WIDTHS]).mean(1)[:, 1:]
+    sizes = np.array([[coordinates(w, base, optimizer, s) for s in range(SEEDS)] for w in WIDTHS]).mean(1)[:, 1:]
     log_widths = np.log(WIDTHS) - np.log(WIDTHS).mean()
     return np.einsum("w,wsx->sx", log_widths, np.log(sizes)) / (log_widths**2).sum()
 
 
-def test_under_mup_activations_do_not_depend_on_the_width():
-    found = slopes(64)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_under_mup_activations_do_not_depend_on_the_width(optimizer):
+    found = slopes(64, optimizer)
     assert found.shape == (STEPS, 3) and np.abs(found).max() <= 0.1, found.round(3)
 
 
 def test_under_the_standard_parametrisation_they_do():
-    found = slopes(None)
+    found = slopes(None, "adamw")
     assert (found[-1] > 0.1).all(), f"the check above would not see it: {found.round(3)}"
 
 
@@ -91,7 +92,7 @@ def test_multipliers_and_starts_are_those_of_table_8():
 def test_groups_carry_the_scale_and_keep_the_decay_of_a_step(heads):
     model = GPT(shape_of(256, 64, **heads))
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = build_optimizer(param_groups(model, 0.1, hidden_lr_scale(4.0)), OptimConfig())
+    optimizer = build_optimizer(param_groups(model, 0.1, hidden_lr_scale(OptimConfig(), 4.0)), OptimConfig())
     set_learning_rate(optimizer.param_groups, 0.8)
     found = {names[id(p)]: (g["lr"], g["lr"] * g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert found.keys() == set(names.values())
@@ -102,13 +103,13 @@ def test_groups_carry_the_scale_and_keep_the_decay_of_a_step(heads):
 
 
 def test_at_the_base_width_the_groups_are_the_standard_ones():
-    assert hidden_lr_scale(1.0) is None and shape_of(64, None).mup_width == 1
+    assert hidden_lr_scale(OptimConfig(), 1.0) is None and shape_of(64, None).mup_width == 1
     standard = param_groups(GPT(shape_of(64, None)), 0.1)
     assert [sorted(group) for group in standard] == [["params", "weight_decay"]] * 2
 
 
 def test_a_width_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"model.mup_base_width=0 must be a hidden size, or null"):
+    with pytest.raises(ValueError, match=r"model: mup_base_width=0 must be at least 1"):
         shape_of(64, 0)
 
 

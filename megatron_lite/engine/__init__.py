@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.attention import choose_attention
-from megatron_lite.config import Config
+from megatron_lite.config import Config, OptimConfig
 from megatron_lite.data.loader import Batch
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
-from megatron_lite.optim import adamw_name
+from megatron_lite.optim import MOMENTS, adamw_name, is_hidden
 from megatron_lite.plan import Plan
-from megatron_lite.tensor_parallel.shards import whole_shapes
+from megatron_lite.tensor_parallel.shards import whole_shape
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Engine(Protocol):
 
 def choose_kernels(config: Config, device: torch.device) -> str:
     """Activates the kernels that the config asks for in this process, and names them; ValueError where it cannot."""
-    return f"{choose_attention(config.attention, device)}, {adamw_name(device)}"
+    muon = "torch's Muon with " * (config.optim.optimizer == "muon")
+    return f"{choose_attention(config.attention, device)}, {muon}{adamw_name(device)}"
 
 
 def build_engine(config: Config, plan: Plan, mesh: Mesh) -> Engine:
@@ -75,7 +76,10 @@ def build_engine(config: Config, plan: Plan, mesh: Mesh) -> Engine:
     return TorchEngine(config, plan, mesh)
 
 
-def optim_names(module: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of the logical optimizer state of a model under AdamW."""
-    shapes = whole_shapes(module)
-    return {"step": torch.Size([])} | {f"{m}/{n}": s for m in ("exp_avg", "exp_avg_sq") for n, s in shapes.items()}
+def optim_names(module: nn.Module, config: OptimConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the logical optimizer state of a model."""
+    names = {"step": torch.Size([])}
+    for name, param in module.named_parameters():
+        muon = config.optimizer == "muon" and is_hidden(name, param)
+        names |= {f"{m}/{name}": whole_shape(param) for m in (MOMENTS[2:] if muon else MOMENTS[:2])}
+    return names

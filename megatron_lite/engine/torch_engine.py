@@ -34,7 +34,7 @@ class TorchEngine:
         if config.compile:
             compile_in_place(self.module)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
-        scale = optim.hidden_lr_scale(plan.shape.mup_width)
+        scale = optim.hidden_lr_scale(config.optim, plan.shape.mup_width)
         groups = optim.param_groups(self.module, config.optim.weight_decay, scale)
         self.wrapped, self.optimizer = self._wrap(groups, config, plan)
 
