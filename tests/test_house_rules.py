@@ -40,6 +40,7 @@ UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "eval", "exec", 
 BAD_NAMES = {"utils", "common", "helpers", "manager", "misc"}
 FILE, FUNCTION, LOOP = 300, 60, 100  # lines; LOOP is for train() in train.py alone
 SIZES = {"megatron_lite": 4000, "megatron_lite/data": 2650}  # lines of Python in a house; data/ is one of its own
+TEST_SUPPORT = "megatron_lite/testing.py"  # no run imports it: not counted
 Found = Iterator[tuple[int, str]]  # line, what is wrong
 
 
@@ -121,7 +122,7 @@ def offenders(root: Path) -> list[str]:
     for path in (p for p in paths if p.suffix in {".py", ".cpp", ".h"}):
         name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
         tree = ast.parse(text if path.suffix == ".py" else "")
-        if path.suffix == ".py" and name.startswith("megatron_lite/"):
+        if path.suffix == ".py" and name.startswith("megatron_lite/") and name != TEST_SUPPORT:
             house = "megatron_lite/data" if name.startswith("megatron_lite/data/") else "megatron_lite"
             sizes[house] += len(text.splitlines())
         rules = (import_rules(name, tree, homes), node_rules(name, tree), text_rules(name, text, tree))
