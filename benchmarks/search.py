@@ -54,8 +54,6 @@ def published(name: str, size: str) -> Runs:
     """RegMix's runs: name train or test, size 1m or 60m. ValueError where they are not."""
     root = os.environ.get("MEGATRON_LITE_SHARED") or Path(__file__).resolve().parents[2] / "shared"
     folder = Path(root) / "data" / "regmix"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no published runs of RegMix; set MEGATRON_LITE_SHARED")
     return read_runs(folder / f"{name}_mixture_{size}.csv", folder / f"{name}_pile_loss_{size}.csv")
 
 
@@ -185,9 +183,14 @@ def run() -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs and prints; returns the exit code."""
+    """Runs and prints; returns the exit code: 2 without the published runs."""
     args = parse_args(__doc__, argv)
-    print_rows(run(), args.json)
+    try:
+        rows = run()
+    except ValueError as error:
+        print(f"error: {error}; set MEGATRON_LITE_SHARED to the folder above data/regmix", file=sys.stderr)
+        return 2
+    print_rows(rows, args.json)
     return 0
 
 
