@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.table import Row, cost_row, parse_args, print_rows, rate_row
 from regmix_search.choice import choose
-from regmix_search.designs import maximin
+from regmix_search.designs import law_optimal, maximin
 from regmix_search.fits import fit_targets
 from regmix_search.objective import Objective
 from regmix_search.proposals import fit_runs, propose_rows
@@ -88,7 +88,7 @@ def correlations(train: Runs, tests: dict[str, Runs]) -> list[Row]:
     """How well the chosen surrogate ranks unseen mixtures, from all runs down to 24 designed ones."""
     samples = {"cc_512": [train]}
     samples |= {f"cc_{n}": [draw_runs(train, n, seed) for seed in SEEDS] for n in (128, 64)}
-    samples["cc_24_designed"] = [pick(train, maximin(train.weights, DESIGNED, seed)) for seed in SEEDS]
+    samples["cc_24_designed"] = [pick(train, law_optimal(train.weights, DESIGNED, seed)) for seed in SEEDS]
     peer = rank([(fit_regmix(train), TARGET)], tests)
     rows = []
     for key, drawn in samples.items():

@@ -56,7 +56,7 @@ class MixturesConfig:
     over_cap: Literal["reject", "project", "ignore"] = "reject"  # draws over a cap: redrawn (RegMix) | scaled | kept
     max_epochs: float = 4.0  # a domain may repeat this often in the target run (Muennighoff et al. 2023)
     domains: tuple[str, ...] = ()  # training domains to mix; empty: all that the shards hold
-    design: Literal["random", "maximin", "d_optimal"] = "random"  # as drawn | of many draws, those that fill the space
+    design: Literal["random", "maximin", "d_optimal", "law"] = "random"  # as drawn | of many, those that tell most
     rounds: int = 0  # further rounds after `count`: fit, propose a batch by expected improvement, train
     batch: int = 8  # mixtures in such a round
     max_flops: float | None = None  # no further round when all proxies together would pass this; null: no limit

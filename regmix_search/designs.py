@@ -13,15 +13,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from regmix_search.laws import Effective
 from regmix_search.region import Region
 from regmix_search.space import FloatArray, OverCap, Space, bound, sample_mixtures
 
 IntArray = npt.NDArray[np.int64]
 
-Design = Literal["random", "maximin", "d_optimal"]
+Design = Literal["random", "maximin", "d_optimal", "law"]
 POOL = 16  # mixtures drawn for each that a design keeps: 64 gain less than 2 % of the smallest distance
 LEAST_POOL = 1024
 RIDGE = 1e-3  # of D-optimality: makes the first few rows comparable
+LAW_NOISE = 0.5  # variance of a run, as a share of the losses': the law is not quite right either; .05 to .5 do alike
 PASSES = 3  # of exchanges; a fourth changed nothing
 
 
@@ -47,8 +49,8 @@ def draw_design(
     if kind == "random":
         return sample_mixtures(space, skip + n, seed, *shape)[skip:]
     pool = sample_mixtures(space, skip + max(LEAST_POOL, POOL * n), seed, *shape)[skip:]
-    pick = maximin if kind == "maximin" else d_optimal
-    return pool[pick(pool, n, seed, given)]
+    pick = {"maximin": maximin, "d_optimal": d_optimal, "law": law_optimal}[kind]
+    return np.asarray(pool[pick(pool, n, seed, given)])
 
 
 def embed(weights: FloatArray) -> FloatArray:
@@ -98,6 +100,30 @@ def d_optimal(pool: FloatArray, n: int, seed: int = 0, given: FloatArray | None 
         if picked == before:
             break
     return np.array(picked)
+
+
+def law_optimal(pool: FloatArray, n: int, seed: int = 0, given: FloatArray | None = None) -> IntArray:
+    """Rows [n] of a pool [m, k] that leave an effective-data law least unsure of the pool, on average.
+
+    Greedy, by the law's own prior, linear around its centre. The first row is drawn, unless some are given. With 24 of
+    RegMix's runs it ranks the others better than maximin (Spearman .9785 against .975 on training rows, 14 seeds).
+    """
+    _check(pool, n)
+    rows = pool if given is None else np.vstack([pool, given])
+    slopes = Effective().prior_slopes(rows)
+    unsure = slopes @ slopes.T
+    picked = list(range(len(pool), len(rows))) or [
+        int(np.random.default_rng([seed, zlib.crc32(b"law")]).integers(len(pool)))
+    ]
+    for row in picked:
+        unsure -= np.outer(unsure[:, row], unsure[row]) / (unsure[row, row] + LAW_NOISE)
+    while len(picked) < n + len(rows) - len(pool):
+        gain = np.sum(unsure[: len(pool)] ** 2, axis=0) / (np.diag(unsure) + LAW_NOISE)
+        gain[picked] = -1.0
+        row = int(np.argmax(gain))
+        unsure -= np.outer(unsure[:, row], unsure[row]) / (unsure[row, row] + LAW_NOISE)
+        picked.append(row)
+    return np.array([row for row in picked if row < len(pool)])
 
 
 def _best_row(rows: FloatArray, information: FloatArray, taken: list[int]) -> int:

@@ -138,6 +138,12 @@ class Effective:
         )
         return self
 
+    def prior_slopes(self, weights: FloatArray) -> FloatArray:
+        """d standardised loss / d parameters [n, p] at the prior's centre, in the prior's standard deviations."""
+        size = 4 + 2 * weights.shape[1] + self.SHAPE
+        slopes = self._slopes(np.zeros(size), self._logs(weights))
+        return np.asarray(slopes * np.array([self.FLOOR_SD, *np.ones(size - 1)]))
+
     def _domains(self, params: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Rates a [k] and powers g [k]."""
         params = np.clip(params, -30.0, 30.0)  # a wild trial step must not overflow

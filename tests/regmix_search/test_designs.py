@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from regmix_search import designs
-from regmix_search.designs import control_mixtures, d_optimal, draw_design, embed, maximin
+from regmix_search.designs import control_mixtures, d_optimal, draw_design, embed, law_optimal, maximin
 from regmix_search.goals import Goal
+from regmix_search.laws import Effective
 from regmix_search.proposals import Fitted, draw_pool, expected_improvement, fit_runs, propose, propose_rows
 from regmix_search.region import build_region
 from regmix_search.space import FloatArray, build_space, sample_mixtures
@@ -28,7 +29,7 @@ def determinant(rows: FloatArray) -> float:
     return float(np.linalg.slogdet(x.T @ x)[1])
 
 
-@pytest.mark.parametrize("kind", ["random", "maximin", "d_optimal"])
+@pytest.mark.parametrize("kind", ["random", "maximin", "d_optimal", "law"])
 def test_designs_obey_what_draws_obey(kind: str) -> None:
     rows = draw_design(SPACE, 20, 3, kind)  # type: ignore[arg-type]
     assert rows.shape == (20, 5) and np.all(rows <= SPACE.caps + 1e-12)
@@ -69,7 +70,7 @@ def test_exchanges_improve_on_the_greedy_design(monkeypatch: pytest.MonkeyPatch)
 def test_designs_keep_away_from_what_is_run_anyhow() -> None:
     pool = sample_mixtures(SPACE, 200, 0)
     given = pool[:5]
-    for pick in (maximin, d_optimal):
+    for pick in (maximin, d_optimal, law_optimal):
         rows = pick(pool, 10, 0, given)
         assert len(set(rows.tolist())) == 10
     assert not set(maximin(pool, 10, 0, given).tolist()) & set(range(5))
@@ -79,7 +80,7 @@ def test_designs_keep_away_from_what_is_run_anyhow() -> None:
 
 def test_draws_that_serve_elsewhere_are_left_out() -> None:
     held = sample_mixtures(SPACE, 12, 1)
-    for kind in ("random", "maximin", "d_optimal"):
+    for kind in ("random", "maximin", "d_optimal", "law"):
         rows = draw_design(SPACE, 30, 1, kind, skip=12)  # type: ignore[arg-type]
         assert np.abs(rows[:, None] - held[None]).sum(axis=2).min() > 1e-6
 
@@ -194,3 +195,20 @@ def test_rounds_find_the_best_of_the_published_runs(shared_dir: Path) -> None:
         regrets.append(losses[rows].min() - losses.min())
     print("regret of 48 adaptive runs:", np.round(regrets, 4))
     assert np.mean(regrets) <= 0.003
+
+
+def test_the_law_is_less_unsure_after_a_design_of_its_own() -> None:
+    """Mean variance over the pool that the law's prior leaves after runs, against random rows and given ones."""
+    rng = np.random.default_rng(0)
+    pool = np.vstack([rng.dirichlet(np.full(5, s), size=100) for s in (0.2, 0.6, 2.0)])
+    slopes = Effective().prior_slopes(pool)
+
+    def left(rows: np.ndarray) -> float:
+        known = slopes[rows].T @ slopes[rows] / 0.5 + np.eye(slopes.shape[1])
+        return float(np.mean(np.sum(slopes * np.linalg.solve(known, slopes.T).T, axis=1)))
+
+    drawn = [left(rng.permutation(300)[:10]) for _ in range(20)]
+    designed = [left(law_optimal(pool, 10, seed)) for seed in range(5)]
+    assert max(designed) < min(drawn)
+    again = law_optimal(pool, 7, 0, given=pool[law_optimal(pool, 3, 0)])
+    assert not set(again.tolist()) & set(law_optimal(pool, 3, 0).tolist()) and len(set(again.tolist())) == 7
