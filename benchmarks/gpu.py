@@ -27,7 +27,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.sides import SIDES, Case, export_weights
-from benchmarks.table import Row, best_of, print_rows
+from benchmarks.table import Row, best_of, pick_keys, print_rows
 from megatron_lite.metrics import peak_memory
 from megatron_lite.plan import peak_flops
 
@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, help="of one step, instead of 8 (1.1B) and 16 (1M)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     args = parser.parse_args(argv)
-    keys = args.only.split(",")
-    if unknown := set(keys) - set(CASES):
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    keys = pick_keys(parser, args.only, CASES)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here, so nothing was measured", file=sys.stderr)
         return 2

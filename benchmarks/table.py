@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -55,3 +55,11 @@ def parse_args(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser.parse_args(argv)
+
+
+def pick_keys(parser: argparse.ArgumentParser, only: str, known: Iterable[str]) -> list[str]:
+    """The keys of ``--only KEY,...``; a key that is not ``known`` ends the program with what there is."""
+    keys, known = only.split(","), list(known)
+    if unknown := set(keys) - set(known):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return keys

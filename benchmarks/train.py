@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sides import SIDES, Case, export_weights
-from benchmarks.table import Row, best_of, print_rows
+from benchmarks.table import Row, best_of, pick_keys, print_rows
 
 MODELS = (("tinyllama_1M", 50432), ("tinyllama_1M", 8192), ("tinyllama_60M", 50432))
 CASES = {
@@ -164,9 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         work(json.loads(args.worker))
         return 0
-    keys = args.only.split(",")
-    if unknown := set(keys) - set(CASES):
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    keys = pick_keys(parser, args.only, CASES)
     print_rows(run(keys, args.repeats, args.same_allocator), args.json)
     return 0
 

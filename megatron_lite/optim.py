@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW and Muon, their parameter groups and state, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
-    """A fused AdamW over groups like those of ``param_groups``, one kernel for the whole step: see ``adamw_name``."""
+    """The config's optimizer over groups like those of ``param_groups``; which AdamW: see ``adamw_name``."""
     if config.optimizer == "muon":
         return MuonAdamW(groups, config)
     if apex_imports(groups[0]["params"][0].device):

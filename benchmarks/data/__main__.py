@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import tokenise
 from benchmarks.data.cases import SEQ_LENGTH
 from benchmarks.data.shards import Corpus, write_hollow
-from benchmarks.table import Row, cost_row, print_rows, rate_row
+from benchmarks.table import Row, cost_row, pick_keys, print_rows, rate_row
 
 BLENDS = {"blend_17": (17, 2_000_000), "blend_100": (100, 1_000_000), "blend_1000": (1000, 200_000)}
 READS = {  # key: our sample order, masks
@@ -155,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", choices=("full", "small"), default="full", help="full: 100M documents")
     parser.add_argument("--dir", help="where the shards are written (default: the system's temporary folder)")
     args = parser.parse_args(argv)
-    keys = args.only.split(",")
-    if unknown := set(keys) - set(KEYS):
-        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(KEYS)}")
+    keys = pick_keys(parser, args.only, KEYS)
     print_rows(run(keys, args.scale, args.dir), args.json)
     return 0
 

@@ -84,8 +84,9 @@ class TorchEngine:
 
     def close(self) -> None:
         """See Engine.close. A DDP freed later can hang: it joins gloo's threads with the GIL, which they may want."""
-        self.wrapped = self.module
-        gc.collect()  # DDP is a cycle of references
+        if self.wrapped is not self.module:
+            self.wrapped = self.module
+            gc.collect()  # DDP is a cycle of references
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
