@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -168,20 +168,20 @@ class LocalPool:
         return outcome
 
 
-def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> None:
-    """Runs every waiting trial and records each the moment it ends; ends all work when it is interrupted itself.
+def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Generator[Outcome]:
+    """Runs every waiting trial and records each the moment it ends, then yields its outcome to whoever wants to look.
 
+    Nothing runs until it is iterated; closing it, like anything raised in it, ends all work: what still ran is a
+    trial to run again. Iterate inside ``contextlib.closing`` where the loop's body may raise.
     Raises ValueError when HOPELESS trials in a row fail for good, or as many diverge and none ever succeeded.
     """
     tokens = streak = 0
     try:
-        while True:
-            while executor.free() and (trial := ledger.ask()) is not None:
-                executor.submit(trial)
+        _submit_waiting(ledger, executor)
+        while ledger.counts.running:
             progress.update(ledger.counts, tokens)
-            if not ledger.counts.running:
-                return
-            for outcome in executor.wait(timeout=0.5):
+            outcomes = executor.wait(timeout=0.5)
+            for outcome in outcomes:
                 tokens += _record(ledger, outcome, progress)
                 failed = ledger.failed.get(outcome.trial.index, "")
                 diverged = failed.startswith("FloatingPointError")
@@ -189,8 +189,16 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> None:
             if streak >= HOPELESS or (len(ledger.failed) >= HOPELESS and not ledger.finished):
                 reason = list(ledger.failed.values())[-1]
                 raise ValueError(f"{ledger.path}: no proxy succeeds: {reason}. Mend it and run this again")
+            _submit_waiting(ledger, executor)  # before anybody looks at outcomes: no worker waits for that
+            yield from outcomes
+        progress.update(ledger.counts, tokens)
     finally:
         executor.close()
+
+
+def _submit_waiting(ledger: Ledger, executor: Executor) -> None:
+    while executor.free() and (trial := ledger.ask()) is not None:
+        executor.submit(trial)
 
 
 def _record(ledger: Ledger, outcome: Outcome, progress: Progress) -> int:

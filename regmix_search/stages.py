@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.config import to_dict
@@ -105,7 +108,6 @@ def proxies(search: Search) -> Stage:
 
     def train() -> Ledger:
         from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
-        from regmix_search.tables import write_losses
 
         ledger = Ledger(path, plan_trials(search), fingerprint, config.proxies.retries)
         for line in ledger.torn_lines:
@@ -114,15 +116,13 @@ def proxies(search: Search) -> Stage:
         proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
         function = ProxyTraining(proxy, str(search.shards_dir.resolve()), valid, str(out.resolve() / "proxies"))
         pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
-        try:
-            with Progress("proxies", search.stream) as progress:
-                run_trials(ledger, pool, progress)
-        finally:  # an interrupted search can be fitted on what it has
-            done = dict(sorted(ledger.finished.items()))
-            if done:
-                losses = {d: [event["losses"][d] for event in done.values()] for d in valid}
-                write_losses(out / "losses.csv", list(done), losses)
-        if not done:
+        with Progress("proxies", search.stream) as progress, closing(run_trials(ledger, pool, progress)) as outcomes:
+            try:
+                for _ in outcomes:
+                    _write_losses(out / "losses.csv", ledger, valid)
+            finally:
+                _write_losses(out / "losses.csv", ledger, valid)
+        if not ledger.finished:
             raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
         return ledger
 
@@ -149,6 +149,15 @@ def proxies(search: Search) -> Stage:
     inputs |= {key: getattr(config.mixtures, key) for key in keys}
     outputs = (path, out / "losses.csv", out / "mixtures.csv", out / "rounds.json")
     return Stage("proxies", inputs, outputs, make)
+
+
+def _write_losses(path: Path, ledger: Ledger, valid: Sequence[str]) -> None:
+    """What is finished so far, so that an interrupted search can be fitted too."""
+    from regmix_search.tables import write_losses
+
+    done = dict(sorted(ledger.finished.items()))
+    if done:
+        write_losses(path, list(done), {d: [event["losses"][d] for event in done.values()] for d in valid})
 
 
 def fit(search: Search) -> Stage:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def trials(n: int) -> list[Trial]:
 def run(tmp_path: Path, n: int, first: dict[int, str], workers: int = 2, retries: int = 2) -> tuple[Ledger, str]:
     ledger, out = Ledger(tmp_path / "trials.jsonl", trials(n), {}, retries), io.StringIO()
     with Progress("proxies", out) as progress:
-        run_trials(ledger, LocalPool(Scripted(str(tmp_path), first), workers, threads=1), progress)
+        list(run_trials(ledger, LocalPool(Scripted(str(tmp_path), first), workers, threads=1), progress))
     return ledger, out.getvalue()
 
 
@@ -94,7 +95,7 @@ def test_a_search_in_which_nothing_works_stops_early(tmp_path):
     ledger = Ledger(tmp_path / "trials.jsonl", trials(50), {})
     pool = LocalPool(always_nan, 1)
     with pytest.raises(ValueError, match="no proxy succeeds: FloatingPointError: diverged"):
-        run_trials(ledger, pool, Progress("proxies", io.StringIO()))
+        list(run_trials(ledger, pool, Progress("proxies", io.StringIO())))
     assert ledger.counts.failed == 3 and pool.workers == []
 
 
@@ -115,12 +116,26 @@ def test_a_mistake_that_fails_every_proxy_stops_the_search_and_can_be_mended(tmp
     with pytest.raises(
         ValueError, match=r"no proxy succeeds: ValueError: shards: no train.*Mend it and run this again"
     ):
-        run_trials(ledger, LocalPool(Mended(str(tmp_path)), 1), Progress("proxies", io.StringIO()))
+        list(run_trials(ledger, LocalPool(Mended(str(tmp_path)), 1), Progress("proxies", io.StringIO())))
     assert sorted(ledger.finished) == [0, 1] and ledger.counts.failed == 3
     (tmp_path / "mended").touch()
     again = Ledger(tmp_path / "trials.jsonl", trials(20), {})
-    run_trials(again, LocalPool(Mended(str(tmp_path)), 1), Progress("proxies", io.StringIO()))
+    list(run_trials(again, LocalPool(Mended(str(tmp_path)), 1), Progress("proxies", io.StringIO())))
     assert again.counts == Counts(finished=20, running=0, failed=0, waiting=0)
+
+
+def test_each_outcome_is_in_the_ledger_when_it_is_yielded_and_closing_ends_the_rest(tmp_path):
+    ledger = Ledger(tmp_path / "trials.jsonl", trials(9), {})
+    pool = LocalPool(Scripted(str(tmp_path), {1: "nan", 3: "hang"}), 2)
+    with closing(run_trials(ledger, pool, Progress("proxies", io.StringIO()))) as outcomes:
+        assert pool.workers == [], "nothing runs before somebody asks"
+        for seen, outcome in enumerate(outcomes, start=1):
+            state = replay(ledger.path)
+            assert outcome.trial.index in (state.failures if outcome.result is None else state.finished)
+            if seen == 4:
+                break
+        assert any(worker.trial for worker in pool.workers), "a worker waited for whoever looks at outcomes"
+    assert pool.workers == [] and len(replay(ledger.path).finished) < 9
 
 
 def test_interrupting_the_driver_kills_the_workers(tmp_path):
@@ -135,7 +150,7 @@ def test_interrupting_the_driver_kills_the_workers(tmp_path):
     ledger = Ledger(tmp_path / "trials.jsonl", trials(2), {})
     pool = LocalPool(Scripted(str(tmp_path), {0: "hang", 1: "hang"}), 2)
     with pytest.raises(Stop):
-        run_trials(ledger, pool, Interrupting("proxies", io.StringIO()))
+        list(run_trials(ledger, pool, Interrupting("proxies", io.StringIO())))
     assert_dead(int((tmp_path / "tried0").read_text()))
 
 

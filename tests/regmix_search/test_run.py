@@ -305,7 +305,7 @@ def test_a_failing_proxy_is_recorded_and_left_out(smoke, tmp_path, capsys):
     proxy = dataclasses.replace(config.proxy, threads=1, log=dataclasses.replace(config.proxy.log, console=False))
     real = ProxyTraining(proxy, str(search.shards_dir), valid, str(out / "proxies"))
     with Progress("proxies", sys.stdout) as progress:
-        run_trials(ledger, LocalPool(Failing(real, diverges=7, dies=9), 2), progress)
+        list(run_trials(ledger, LocalPool(Failing(real, diverges=7, dies=9), 2), progress))
     reasons = {i: [e["reason"] for e in failed] for i, failed in ledger.failures.items()}
     assert list(ledger.failed) == [7] and "gradient norm is nan" in reasons[7][0] and "SIGKILL" in reasons[9][0]
     assert "failed for good: trial 7: FloatingPointError" in finish(out, "--stage", "proxies")
