@@ -9,6 +9,7 @@ from megatron_lite.plan import Plan, duration
 from regmix_search.freshness import read_json
 from regmix_search.inventory import Inventory, take_inventory
 from regmix_search.ledger import replay
+from regmix_search.repetition import exposure
 from regmix_search.search import Search
 from regmix_search.space import build_space
 
@@ -62,10 +63,13 @@ def _domain_lines(search: Search, inventory: Inventory | None) -> list[str]:
     tokens, left_out = inventory.usable(config.mixtures.domains, search.sample_tokens)
     total = sum(tokens.values())
     lines = [f"domains: {total:,} tokens; caps: {config.mixtures.max_epochs:g} epochs in {config.run_tokens:,} tokens"]
-    lines.append(f"  {'domain':<16} {'tokens':>14} {'prior':>8} {'cap':>8}")
+    lines.append(f"  {'domain':<16} {'tokens':>14} {'prior':>8} {'cap':>8} {'epochs at cap':>14} {'in a proxy':>11}")
     space = build_space(tokens, config.run_tokens, config.mixtures.max_epochs)  # refuses caps that no mixture can meet
-    for name, count, cap in zip(space.domains, tokens.values(), space.caps.tolist(), strict=True):
-        lines.append(f"  {name:<16} {count:>14,} {count / total:>8.2%} {cap:>8.2%}")
+    seen = exposure(search, inventory)
+    for name, (target, proxy) in seen.epochs(space.named(space.caps)).items():
+        facts = f"{tokens[name]:>14,} {tokens[name] / total:>8.2%} {space.named(space.caps)[name]:>8.2%}"
+        lines.append(f"  {name:<16} {facts} {target:>14.3g} {proxy:>11.3g}")
+    lines += [f"  with every domain at its cap, {text}" for text in seen.to_json(space.named(space.caps))["warnings"]]
     return lines + [f"  {name:<16} left out: not one sample" for name in left_out]
 
 

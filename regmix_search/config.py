@@ -38,6 +38,7 @@ class ShardsConfig:
 
     data_dir: str | None = None  # folder of your own train_*/valid_* shards: skips corpus, tokenizer and shards
     fraction: float = 1.0  # share of the training documents kept, so that a short run repeats data as a long one would
+    match_repetition: bool = False  # proxies read so much less of each domain that they repeat it as the target will
     json_key: str = "text"  # key of the text in each JSONL line
     workers: int = 0  # processes; 0: one a core
 

@@ -11,6 +11,7 @@ from regmix_search.fits import fit_targets
 from regmix_search.freshness import digest, read_json
 from regmix_search.goals import parse_goal
 from regmix_search.optimize import find_optimum
+from regmix_search.repetition import Exposure
 from regmix_search.space import Space
 from regmix_search.surrogates import SURROGATES
 from regmix_search.tables import Runs
@@ -37,11 +38,16 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
     return "\n  ".join(lines) + _warned(fit)
 
 
-def solve_runs(out: Path, space: Space, runs: Runs, config: SearchConfig) -> tuple[dict[str, Any], str]:
-    """Writes optimum.json; returns it, and what it says in a line."""
+def solve_runs(
+    out: Path, space: Space, runs: Runs, config: SearchConfig, exposure: Exposure | None = None
+) -> tuple[dict[str, Any], str]:
+    """Writes optimum.json; returns it, and what it says in a line. exposure: what target run and proxies read."""
     fit, minimum = read_json(out / "fit.json"), config.mixtures.minimum
     asked = SURROGATES if len(parse_goal(fit["target"], fit["targets"]).shares) <= OPINIONS else ()
     optimum = find_optimum(space, runs, fit, minimum=minimum, seed=config.seed, settings=config.optimum, opinions=asked)
+    if exposure is not None:
+        optimum["repetition"] = exposure.to_json(optimum["weights"])
+        optimum["warnings"] += optimum["repetition"].pop("warnings")
     atomic_write_json(out / "optimum.json", optimum)
     largest = sorted(optimum["weights"].items(), key=lambda item: -item[1])
     weights = ", ".join(f"{name} {weight:.1%}" for name, weight in largest if weight >= 0.0005)

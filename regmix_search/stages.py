@@ -14,6 +14,7 @@ from regmix_search.config import SearchConfig
 from regmix_search.freshness import Stage, digest, read_json
 from regmix_search.ledger import Kind, Ledger, Trial, replay
 from regmix_search.progress import Progress
+from regmix_search.repetition import exposure, proxy_shards
 from regmix_search.search import Search
 
 # Keys of the proxy's config that do not change what is learned or measured (its data has a digest of its own).
@@ -92,6 +93,8 @@ def settings(config: SearchConfig) -> dict[str, Any]:
     grows = [("mixtures", key) for key in ("count", "rounds", "batch", "max_flops")]
     for section, key in (("shards", "workers"), ("corpus", "workers"), *grows, *places):
         kept.get(section, {}).pop(key, None)
+    if not config.shards.match_repetition:
+        del kept["shards"]["match_repetition"]  # trials from before there was this key stay valid
     return {"settings": {**kept, "proxy": proxy, "run_tokens": config.run_tokens}}
 
 
@@ -114,7 +117,7 @@ def proxies(search: Search) -> Stage:
             search.say(f"{path}, line {line}: torn by a crash, skipped")
         log = dataclasses.replace(config.proxy.log, console=False)
         proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
-        function = ProxyTraining(proxy, str(search.shards_dir.resolve()), valid, str(out.resolve() / "proxies"))
+        function = ProxyTraining(proxy, str(proxy_shards(search).resolve()), valid, str(out.resolve() / "proxies"))
         pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
         with Progress("proxies", search.stream) as progress, closing(run_trials(ledger, pool, progress)) as outcomes:
             try:
@@ -191,7 +194,8 @@ def optimize(search: Search) -> Stage:
         from regmix_search.tables import read_runs
 
         runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
-        optimum, text = solve_runs(out, Space.from_json(read_json(out / "space.json")), runs, config)
+        space = Space.from_json(read_json(out / "space.json"))
+        optimum, text = solve_runs(out, space, runs, config, exposure(search, search.inventory))
         facts = provenance(config, optimum, out / "fit.json")
         facts |= {"run_tokens": config.run_tokens, "max_epochs": config.mixtures.max_epochs}  # what the caps are for
         limits = {domain: config.mixtures.max_epochs for domain, weight in optimum["weights"].items() if weight > 0}
@@ -203,6 +207,7 @@ def optimize(search: Search) -> Stage:
 
     inputs = {"seed": config.seed, "minimum": config.mixtures.minimum, "shards_dir": str(search.shards_dir)}
     inputs["optimum"] = dataclasses.asdict(config.optimum)
+    inputs["match_repetition"] = config.shards.match_repetition
     for name, made_by in (("fit.json", "fit"), ("space.json", "mixtures"), ("losses.csv", "proxies")):
         inputs[name] = digest(out / name, made_by)
     outputs = (out / "optimum.json", out / "mixture.yaml", out / "exports" / "epochs.csv")

@@ -95,6 +95,7 @@ def _weights(evidence: Evidence, facts: dict[str, Any]) -> Table:
     weights = facts["weights"]
     at_cap = evidence.optimum.get("at_cap") or []
     tokens = finite_dict(evidence.space.get("tokens"))
+    read = (evidence.optimum.get("repetition") or {}).get("epochs") or {}
     rows = [
         [
             Cell(name),
@@ -103,10 +104,11 @@ def _weights(evidence: Evidence, facts: dict[str, Any]) -> Table:
             Cell(percent(weights["optimal"].get(name)), "strong"),
             Cell(percent(weights["caps"].get(name))),
             Cell(fixed(weights["epochs"].get(name), 2) + (" (at cap)" if name in at_cap else "")),
+            *([Cell(fixed(finite(read.get(name, {}).get("proxy")), 2))] if read else []),
         ]
         for name in by_weight(evidence, facts)
     ]
-    return Table(("domain", "tokens", "prior", "optimal", "cap", "epochs"), rows)
+    return Table(("domain", "tokens", "prior", "optimal", "cap", "epochs", *(["in a proxy"] if read else [])), rows)
 
 
 def _beside(evidence: Evidence) -> Table:

@@ -48,6 +48,7 @@ def gather_facts(evidence: Evidence) -> dict[str, Any]:
     facts["interval_note"] = interval_note(facts["seed_df"], len(comparisons)) if facts["seed_sd"] > 0 else ""
     facts["trust"] = trust(facts["holdout"], facts["cross_validation"], facts["noise_sd"])
     facts["transfer"] = transfer(facts["predicted_gain"], facts["search_half_vs_prior"])
+    facts["repetition"] = _repetition_note(evidence.optimum.get("repetition") or {})
     facts["warnings"] = _collect_warnings(evidence, facts)
     others = map(_as_sentence, evidence.fit.get("warnings") or [])
     facts["other_warnings"] = [warning for warning in others if warning not in facts["warnings"]]
@@ -154,6 +155,16 @@ def _surrogate(evidence: Evidence, target: str) -> dict[str, Any]:
         "usual_distance": evidence.optimum.get("usual_distance"),
         "gain_note": _gain_note(evidence.optimum.get("gain") or {}),
     }
+
+
+def _repetition_note(repetition: dict[str, Any]) -> str:
+    """Whether proxies repeat the domains as the target run does, in words; empty where nothing is known."""
+    if not repetition:
+        return ""
+    proxy, target = (count(repetition[f"{run}_tokens"]) for run in ("proxy", "target"))
+    if repetition["matches"]:
+        return f"In {proxy} tokens proxies repeat every domain as often as the target run does in {target}."
+    return f"In {proxy} tokens proxies repeat some domains less than the target run does in {target}."
 
 
 def _gain_note(gain: dict[str, Any]) -> str:
