@@ -136,7 +136,7 @@ def write_subset(source: Path, output: Path, count: int, domain: str) -> None:
                 pieces = [data[i] for i in range(int(first[picks[row]]), int(first[picks[row] + 1]))]
                 writer.add_document(np.concatenate(pieces)[: taken[row]])
     if data.meta is not None:
-        size = {"num_documents": writer.num_documents, "num_tokens": writer.num_tokens}
-        bytes_ = round(data.meta.num_bytes * count / data.num_tokens)  # as if all tokens were alike
-        made = {"num_bytes": bytes_, "bin_xxh3": writer.bin_xxh3, "layout": writer.layout}
-        write_meta(output, replace(data.meta, **size, **made, extra={**data.meta.extra, "subset_of": source.name}))
+        made = replace(data.meta, num_documents=writer.num_documents, num_tokens=writer.num_tokens)
+        made = replace(made, num_bytes=round(made.num_bytes * count / data.num_tokens))  # as if all tokens were alike
+        extra = {**made.extra, "subset_of": source.name}
+        write_meta(output, replace(made, bin_xxh3=writer.bin_xxh3, layout=writer.layout, extra=extra))
