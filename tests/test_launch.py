@@ -119,6 +119,25 @@ def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks)
 
 
 @pytest.mark.slow
+def test_deepspeed_launcher_with_tensor_parallelism(files, reference):
+    pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "4", "--master_port", free_port(), SCRIPT]
+    settings = ("parallel.zero_stage=1", "parallel.tensor_parallel_size=2")
+    done = start([*launcher, *arguments(files, "deepspeed-tp2", *[w for s in settings for w in ("--set", s)])])
+    check(done, files, "deepspeed-tp2", reference)
+    assert "dp 2 x tp 2" in done.stdout and "deepspeed, ZeRO 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_compile_with_tensor_parallelism(files, reference):
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
+    settings = ("compile=true", "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
+    done = start([*command, *arguments(files, "compile-tp2", *[w for s in settings for w in ("--set", s)])])
+    check(done, files, "compile-tp2", reference)
+    assert "dp 1 x tp 2" in done.stdout and "does not work here" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_deepspeed_offloads_the_optimizer_and_draws_the_same_curve(files, reference):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
     offload = "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"
