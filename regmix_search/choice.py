@@ -244,7 +244,7 @@ def choose(
         cv_deviation=found.deviation,
         nested_predicted=predicted,
         nested_deviation=deviation,
-        warnings=_doubts(weights, chosen, found.scores, _mean_error(losses, trials[0].fold)),
+        warnings=_doubts(chosen, found.scores, _mean_error(losses, trials[0].fold)),
     )
 
 
@@ -280,11 +280,8 @@ def _explain(
     )
 
 
-def _doubts(weights: FloatArray, chosen: str, scores: Mapping[str, float], mean_rmse: float) -> tuple[str, ...]:
-    n, k = int(group_mixtures(weights).max()) + 1, weights.shape[1]
+def _doubts(chosen: str, scores: Mapping[str, float], mean_rmse: float) -> tuple[str, ...]:
     warnings = []
-    if n < k + 2:
-        warnings.append(f"{n} mixtures for {k} domains: a law of {k} slopes needs at least {k + 2}, better {5 * k}")
     if scores["rmse"] >= mean_rmse:
         warnings.append(
             f"{chosen} does not beat predicting the mean (cross-validated RMSE {scores['rmse']:.4f} against "

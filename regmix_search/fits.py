@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import multiprocessing
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -14,27 +13,40 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from regmix_search.choice import choose
+from regmix_search.goals import Goal, find_loss, parse_goal
 from regmix_search.space import FloatArray
 from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
 from regmix_search.tables import Runs
 
-Target = str | Mapping[str, float]  # one loss, or a weighted mean of several
+Target = str | Mapping[str, float] | Goal  # one loss, or several weighed together
+BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
 
 
-def target_weights(target: Target, known: Iterable[str]) -> dict[str, float]:
-    """A target as {loss name: share}, shares summing to 1. Raises ValueError for names that are not `known`."""
-    known, terms = list(known), {target: 1.0} if isinstance(target, str) else dict(target)
-    for name, weight in terms.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"target {name!r} is not among the losses; {hint}there are {', '.join(known)}")
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"target {name!r} has weight {weight}: it must be a number, 0 or above")
-    total = sum(terms.values())
-    if not total > 0:
-        raise ValueError(f"target {terms}: give at least one loss a weight above 0")
-    return {name: weight / total for name, weight in terms.items()}
+def check_runs_tell(runs: Runs, names: Sequence[str], fixed: Sequence[str] = ()) -> None:
+    """ValueError for a domain that never varies (unless it is `fixed`), or for fewer runs than a model needs."""
+    for name in names:
+        build_surrogate(name)  # refuses unknown names
+    still = np.ptp(runs.weights, axis=0) < 1e-9
+    idle = [f"{d} (always {w:.4g})" for d, w, s in zip(runs.domains, runs.weights[0], still, strict=True) if s]
+    idle = [text for text in idle if text.split(" ")[0] not in fixed]
+    if idle:
+        raise ValueError(
+            f"domains that never vary in these {len(runs.index)} runs: {', '.join(idle)}. Nothing can be said about "
+            "them: use runs in which they do, leave out domains that are always 0, or fix them "
+            "(--set optimum.bounds='[NAME=W]')"
+        )
+    mixtures, spread = int(group_mixtures(runs.weights).max()) + 1, runs.weights - runs.weights.mean(axis=0)
+    rank = int(np.linalg.matrix_rank(spread, 1e-6))  # domains that always keep one ratio count as one
+    check_enough(mixtures, rank + 1 if rank < mixtures - 1 else len(runs.domains) - int(still.sum()))
+
+
+def check_enough(mixtures: int, domains: int) -> None:
+    """ValueError for fewer different mixtures than a model of so many domains needs."""
+    if mixtures < domains + 2:
+        raise ValueError(
+            f"{mixtures} different mixtures for {domains} domains: a fit needs at least {domains + 2}, better "
+            f"{BETTER_RUNS * domains}; add runs, or merge domains"
+        )
 
 
 def split_holdout(runs: Runs, n: int, seed: int) -> tuple[int, ...]:
@@ -74,20 +86,21 @@ def fit_targets(
     repeats: int | None = None,
     larger: bool = False,
     workers: int = 1,
+    fixed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of fit.json: for each of `targets` (all losses when None) a choice made without the held-back runs.
 
     target is what the search minimises; holdout are run indices that neither the choice nor any fit may see. A
     mixture that is both held back and fitted is an error: its score would be flattering. Losses are fitted one by one,
     to be combined afterwards: fitting a mean directly ranks far worse. repeats and larger are `choose`'s; workers are
-    processes, which change no figure.
+    processes, which change no figure; fixed are domains that need not vary.
     """
-    terms = target_weights(target, runs.losses)
-    targets = list(runs.losses) if targets is None else list(targets)
-    target_weights(dict.fromkeys(targets, 1.0), runs.losses)
+    goal = parse_goal(target, runs.losses)
+    others = [find_loss(name, runs.losses) for name in (runs.losses if targets is None else targets)]
     held, train = runs.select(holdout), runs.without(holdout)
     _check_disjoint(train, held)
-    wanted, warnings = list(dict.fromkeys([*terms, *targets])), []
+    check_runs_tell(train, names, fixed)
+    wanted, warnings = list(dict.fromkeys([*goal.shares, *others])), []
 
     tasks = [(train, held, name, (names, seed, folds, repeats, larger)) for name in wanted]
     if min(workers, len(wanted)) > 1:
@@ -105,7 +118,7 @@ def fit_targets(
     if runs.unfinished:
         warnings.append(f"{len(runs.unfinished)} mixtures have no losses and were left out: {list(runs.unfinished)}")
     return {
-        "target": target if isinstance(target, str) else terms,
+        "target": goal.to_json(),
         "n_train": len(train.index),
         "n_holdout": len(held.index),
         "seed": seed,
@@ -113,7 +126,7 @@ def fit_targets(
         "domains": list(runs.domains),
         "noise": noise,
         "targets": fits,
-        "warnings": warnings + _idle_domains(train),
+        "warnings": warnings,
     }
 
 
@@ -162,8 +175,3 @@ def _check_disjoint(train: Runs, held: Runs) -> None:
     both = [i for i, g in zip(held.index, group[len(train.index) :].tolist(), strict=True) if g in fitted]
     if both:
         raise ValueError(f"held-back runs {both} have a mixture that is also fitted; hold back all of its runs or none")
-
-
-def _idle_domains(train: Runs) -> list[str]:
-    idle = [d for d, spread in zip(train.domains, np.ptp(train.weights, axis=0), strict=True) if spread < 1e-9]
-    return [f"domains {idle} never vary in these runs: nothing is known about their effect"] if idle else []

@@ -73,8 +73,9 @@ class Objective:
 
     @property
     def is_convex(self) -> bool:
-        """Is every surrogate one of the convex laws, which alone can solve themselves?"""
-        return self.is_smooth and all(callable(getattr(model, "argmin", None)) for model in self.models)
+        """Is every surrogate one of the convex laws?"""
+        own = [getattr(model, "is_convex", callable(getattr(model, "argmin", None))) for model in self.models]
+        return self.is_smooth and all(own)
 
 
 def slope_of(model: Any, weights: FloatArray) -> FloatArray:

@@ -15,7 +15,8 @@ from regmix_search.designs import control_mixtures
 from regmix_search.fits import Target, fit_chosen
 from regmix_search.goals import Goal, parse_goal
 from regmix_search.objective import Objective, duality_gap
-from regmix_search.region import Region, build_region, known_only, lift_caps
+from regmix_search.reduction import Reduction, Slice
+from regmix_search.region import Region, build_region
 from regmix_search.simulation import simulate_top
 from regmix_search.solver import MINIMUM, pareto_front, solve
 from regmix_search.space import FloatArray, Space
@@ -58,11 +59,12 @@ def find_optimum(
     seed: int = 0,
     settings: OptimumConfig | None = None,
     opinions: Sequence[str] = (),
+    reduction: Reduction | None = None,
 ) -> dict[str, Any]:
     """The content of optimum.json: the best mixture under caps and bounds for `target` (fit.json's when None).
 
     Surrogates are those that fit.json chose, fitted to the rows it names. Losses in nats per token. opinions: further
-    surrogates whose predictions stand beside, besides fit.json's candidates.
+    surrogates whose predictions stand beside, besides fit.json's candidates. reduction: ratios that the optimum keeps.
     """
     if tuple(space.domains) != runs.domains:
         raise ValueError(
@@ -72,11 +74,12 @@ def find_optimum(
     goal = parse_goal(fit["target"] if target is None else target, fit["targets"])
     train = runs.select(fit["train_index"])
     models = {name: fit_chosen(runs, fit, name) for name in fit["targets"]}
-    region = build_region(space, settings.bounds)
-    region, prior = known_only(region, train.weights), region.pull_in(space.prior[None])[0]
+    prior = build_region(space, settings.bounds).pull_in(space.prior[None])[0]
+    whole = build_region(space, settings.bounds).known_only(train.weights)
+    region = whole if reduction is None else reduction.region(space, settings.bounds).known_only(train.weights)
     objective = _objective(goal, models, prior, settings)
     weights = _solve(objective, region, space.prior, train.weights, minimum, seed, settings)
-    free = solve(objective, lift_caps(region, space.caps), space.prior, train.weights, minimum, seed)
+    free = solve(objective, region.lift_caps(space.caps), space.prior, train.weights, minimum, seed)
     observed = goal.of(train.losses)
     residuals = observed - goal.of({t: fit["targets"][t]["cv_predicted"] for t in goal.shares})
     asked = _opinions(runs, fit, goal, opinions)
@@ -94,13 +97,13 @@ def find_optimum(
         "objective": {"predicted": objective.at(weights), "prior": objective.at(prior)},
         "interval90": interval,
         "unconstrained": {"weights": space.named(free), "predicted": objective.at(free)},
-        "best_observed": _best_observed(space, region, train, observed),
+        "best_observed": _best_observed(space, whole, train, observed),
         "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in asked.items()},
         **_place(space, weights, train.weights),
         "method": settings.method,
         "duality_gap": duality_gap(objective, region, weights),
     }
-    result |= _surroundings(space, region, objective, refits, residuals, weights, prior, result, seed)
+    result |= _surroundings(space, region, whole, objective, refits, residuals, weights, prior, result, seed)
     if settings.pareto:
         shown = {name: models[name] for name in goal.shares}
         front = pareto_front(shown, region, space.prior, train.weights, settings.pareto, seed)
@@ -125,6 +128,10 @@ def _solve(
     seed: int,
     settings: OptimumConfig,
 ) -> FloatArray:
+    if settings.method == "simulate" and isinstance(region, Slice):
+        small = region.reduction
+        facts = (small.reduce(prior), small.reduce(sample), minimum, seed, settings)
+        return small.expand(_solve(small.reduced(objective), region.inside, *facts))
     if settings.method == "simulate":
         return simulate_top(objective, prior, settings.samples, settings.top, seed, region)
     return solve(objective, region, prior, sample, minimum, seed)
@@ -133,6 +140,7 @@ def _solve(
 def _surroundings(
     space: Space,
     region: Region,
+    whole: Region,
     objective: Objective,
     refits: certainty.Refits,
     residuals: FloatArray,
@@ -147,7 +155,7 @@ def _surroundings(
     spread = np.quantile(again, certainty.LEVELS, axis=0).T.tolist() if len(again) else []
     controls = {
         "prior": prior,
-        **control_mixtures(space, region),
+        **control_mixtures(space, whole),
         "best_observed": np.array(list(found["best_observed"]["weights"].values())),
         "unconstrained": np.array(list(found["unconstrained"]["weights"].values())),
     }
@@ -168,7 +176,7 @@ def _surroundings(
                 "predicted": float(loss[i]),
                 "interval90": intervals[i].tolist(),
                 "ties_with_optimum": bool(ties[i]),
-                "obeys_bounds": region.holds(rows[i], 1e-6),
+                "obeys_bounds": whole.holds(rows[i], 1e-6),
             }
             for i, name in enumerate(controls)
         },

@@ -53,6 +53,15 @@ class Region:
         """The same with these domains (mask [k]) at most at their lower bound. It may be empty."""
         return replace(self, high=np.where(domains, self.low, self.high))
 
+    def known_only(self, sample: FloatArray) -> Region:
+        """The region without domains that no run used: no loss says what they do. Itself if bounds need them."""
+        rest = self.without(sample.max(axis=0) <= 0)
+        return self if rest.is_empty() else rest
+
+    def lift_caps(self, caps: FloatArray) -> Region:
+        """The region without the caps: upper bounds that are just the caps become 1, all other bounds stay."""
+        return replace(self, high=np.where(self.high == caps, 1.0, self.high))
+
     def is_empty(self) -> bool:
         """Does no mixture obey all bounds?"""
         if not self.groups:
@@ -174,17 +183,6 @@ def fixed_domains(bounds: Sequence[str]) -> list[str]:
     """Domains whose weight a bound fixes."""
     parts = [text.partition("=") for text in bounds]
     return [name.strip() for name, _, value in parts if "+" not in name and ".." not in value]
-
-
-def known_only(region: Region, sample: FloatArray) -> Region:
-    """The region without domains that no run used: no loss says what they do. The region itself if bounds need them."""
-    rest = region.without(sample.max(axis=0) <= 0)
-    return region if rest.is_empty() else rest
-
-
-def lift_caps(region: Region, caps: FloatArray) -> Region:
-    """The region without the caps: upper bounds that are just the caps become 1, all other bounds stay."""
-    return replace(region, high=np.where(region.high == caps, 1.0, region.high))
 
 
 def _why(space: Space) -> str:

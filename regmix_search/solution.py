@@ -11,6 +11,7 @@ from regmix_search.fits import fit_targets
 from regmix_search.freshness import digest, read_json
 from regmix_search.goals import parse_goal
 from regmix_search.optimize import find_optimum
+from regmix_search.region import fixed_domains
 from regmix_search.repetition import Exposure
 from regmix_search.space import Space
 from regmix_search.surrogates import SURROGATES
@@ -24,14 +25,14 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
     goal = parse_goal(config.fit.target, runs.losses)
     fit = fit_targets(
         runs,
-        next(iter(goal.shares)) if len(goal.shares) == 1 else goal.shares,
+        goal,
         names=config.fit.surrogates or SURROGATES,
         holdout=held,
         seed=config.seed,
         folds=config.fit.folds,
         larger=config.train.main.model != config.proxy.model,  # then smooth laws are preferred: they carry over
+        fixed=fixed_domains(config.optimum.bounds),
     )
-    fit["target"] = goal.to_json()
     atomic_write_json(out / "fit.json", fit)
     said = [(name, fit["targets"][name]) for name in goal.shares]
     lines = [f"{name}: {chosen['why']}{_holdout_words(chosen['holdout'])}" for name, chosen in said]

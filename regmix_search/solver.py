@@ -10,10 +10,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 from regmix_search.objective import PRICE, Objective, duality_gap, slope_of
+from regmix_search.reduction import Slice
 from regmix_search.region import Region
 from regmix_search.simulation import simulate
 from regmix_search.space import FloatArray
-from regmix_search.surrogates import Surrogate
+from regmix_search.surrogates import SmoothSurrogate, Surrogate
 
 MINIMUM = 2e-4  # RegMix's smallest weight: below it a domain is left out
 GAP = 1e-7  # nats: a convex solution that may be farther from the optimum than this is polished
@@ -34,10 +35,14 @@ def solve(
     One convex law under caps alone: its own exact solution. Smooth surrogates: SLSQP, from many starts unless all are
     convex. Any without slopes: simulation around the best. sample [n, k]: mixtures to start from, of which `starts`.
     """
+    if isinstance(region, Slice):
+        small = region.reduction
+        facts = (small.reduce(prior), small.reduce(sample), minimum, seed, starts)
+        return small.expand(solve(small.reduced(objective), region.inside, *facts))
     first = objective.terms[0][1]
     plain = len(objective.terms) == 1 and not objective.kl and not objective.ceilings
-    if plain and region.is_capped_simplex and objective.is_convex:
-        return _drop_small(objective, region, first.argmin(region.high), minimum)  # type: ignore[attr-defined]
+    if plain and region.is_capped_simplex and isinstance(first, SmoothSurrogate):
+        return _drop_small(objective, region, first.argmin(region.high), minimum)
     if not objective.is_smooth:
         weights = simulate(objective, region, prior, sample, seed)
     else:

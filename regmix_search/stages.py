@@ -35,10 +35,13 @@ def mixtures(search: Search) -> Stage:
         import numpy as np
 
         from regmix_search.designs import draw_design
+        from regmix_search.fits import check_enough
         from regmix_search.rounds import continues
         from regmix_search.space import build_space, controls, sample_mixtures
         from regmix_search.tables import write_mixtures
 
+        # before the proxies are trained rather than after
+        check_enough(config.count + config.rounds * config.batch + bool(config.repeats), len(tokens))
         space = build_space(tokens, search.config.run_tokens, config.max_epochs)
         shape = (config.temperature, config.min_strength, config.max_strength, config.minimum, config.over_cap)
         prior, held = np.tile(controls(space)["prior"], (config.repeats, 1)), np.empty((0, len(tokens)))

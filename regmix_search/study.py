@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from megatron_lite.files import atomic_write, atomic_write_json
+from regmix_search.choice import coverage90
 from regmix_search.config import SearchConfig
 from regmix_search.exports import name_shards, write_exports
 from regmix_search.fits import fit_chosen, fit_targets
@@ -26,32 +27,10 @@ from regmix_search.region import fixed_domains
 from regmix_search.solution import provenance, solve_runs
 from regmix_search.space import FloatArray
 from regmix_search.study_files import StudyFiles, read_space, read_study
-from regmix_search.surrogates import SURROGATES, build_surrogate, group_mixtures, score
+from regmix_search.surrogates import SURROGATES, score
 from regmix_search.tables import Runs, write_losses, write_mixtures
 
-BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
-COVERAGE = 0.9
 SPREAD = 6  # losses from which processes of their own are worth the seconds that they take to start
-
-
-def check_study(runs: Runs, names: Sequence[str], fixed: Sequence[str] = ()) -> None:
-    """ValueError for a domain that never varies (unless it is `fixed`), or for fewer runs than a model needs."""
-    for name in names:
-        build_surrogate(name)  # refuses unknown names
-    still = np.ptp(runs.weights, axis=0) < 1e-9
-    idle = [f"{d} (always {w:.4g})" for d, w, s in zip(runs.domains, runs.weights[0], still, strict=True) if s]
-    idle = [text for text in idle if text.split(" ")[0] not in fixed]
-    if idle:
-        raise ValueError(
-            f"domains that never vary in these {len(runs.index)} runs: {', '.join(idle)}. Nothing can be said about "
-            "them: use runs in which they do, remove a column of zeros, or fix them (--set optimum.bounds='[NAME=W]')"
-        )
-    n, k = int(group_mixtures(runs.weights).max()) + 1, len(runs.domains) - int(still.sum())
-    if n < k + 2:
-        raise ValueError(
-            f"{n} different mixtures for {k} domains: {', '.join(names)} needs at least {k + 2}, better "
-            f"{BETTER_RUNS * k}; add runs, or merge domains"
-        )
 
 
 def study_fit(
@@ -72,11 +51,10 @@ def study_fit(
     fixed: domains that need not vary. larger and workers are fit_targets'.
     """
     names, start = tuple(surrogates) or SURROGATES, time.perf_counter()
-    check_study(runs, names, fixed)
     goal = parse_goal(target, runs.losses)
     wanted = [*goal.shares, *(name for name in extra if name not in goal.shares)]
-    fit = fit_targets(runs, goal.shares, wanted, names=names, seed=seed, folds=folds, larger=larger, workers=workers)
-    fit["target"] = goal.to_json()
+    how: dict[str, Any] = {"seed": seed, "folds": folds, "larger": larger, "workers": workers, "fixed": fixed}
+    fit = fit_targets(runs, goal, wanted, names=names, **how)
     seconds = time.perf_counter() - start
     fit["summary"] = summarise(fit, goal, runs, test, seconds)
     return fit
@@ -92,7 +70,10 @@ def summarise(fit: Mapping[str, Any], goal: Goal, runs: Runs, test: Runs | None,
     true = goal.of({name: entry["true"] for name, entry in entries.items()})
     predicted = goal.of({name: entry["nested_predicted"] for name, entry in entries.items()})
     scores = score(predicted, true)
-    inside = coverage(predicted, true) if len(entries) > 1 else next(iter(entries.values()))["nested"]["coverage90"]
+    n = len(true)  # several losses: each run's interval from all the others' out-of-fold errors (CV+, Barber 2021)
+    inside = coverage90(predicted - true, np.ones(n), np.arange(n))
+    if len(entries) == 1:
+        inside = next(iter(entries.values()))["nested"]["coverage90"]
     result: dict[str, Any] = {
         "surrogate": chosen[next(iter(chosen))] if len(set(chosen.values())) == 1 else chosen,
         "target": goal.to_json(),
@@ -115,17 +96,6 @@ def judge(predicted: FloatArray, true: FloatArray) -> dict[str, float]:
     scores = score(predicted, true)
     regret = float(true[int(np.argmin(predicted))] - true.min())
     return {key: scores[key] for key in ("spearman", "pearson", "mse")} | {"regret_at_1": regret}
-
-
-def coverage(predicted: FloatArray, true: FloatArray) -> float:
-    """Share of runs inside prediction +- the 90 % quantile of the *other* runs' out-of-fold errors (CV+, Barber 2021).
-
-    predicted [n] are out of fold, so that no run has a say in its own interval.
-    """
-    errors = np.abs(predicted - true)
-    rank = min(int(np.ceil(COVERAGE * len(errors))), len(errors) - 1) - 1  # of the n - 1 others
-    inside = [error <= np.sort(np.delete(errors, i))[rank] for i, error in enumerate(errors)]
-    return float(np.mean(inside))
 
 
 def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from regmix_search.fits import fit_chosen, fit_targets, run_noise, split_holdout, target_weights
+from regmix_search.fits import check_runs_tell, fit_chosen, fit_targets, run_noise, split_holdout
+from regmix_search.goals import parse_goal
 from regmix_search.surrogates import score
 from regmix_search.tables import Runs
 
@@ -109,17 +110,15 @@ def test_correlations_of_fewer_than_three_runs_are_null(held: tuple[int, ...]) -
 def test_warnings_name_the_target_and_what_is_wrong() -> None:
     runs = planted_runs(repeats=0)
     noise_only = {**runs.losses, "b": np.random.default_rng(3).normal(size=40)}
-    weights = np.hstack([runs.weights, np.zeros((40, 1))])
-    found = fit_targets(Runs(runs.index, (*runs.domains, "idle"), weights, noise_only, (900,)), "a", names=NAMES)
+    found = fit_targets(Runs(runs.index, runs.domains, runs.weights, noise_only, (900,)), "a", names=NAMES)
     text = "\n".join(found["warnings"])
     assert "b: " in text and "a: " not in text
-    for part in ("no mixture was run twice", "['idle'] never vary", "1 mixtures have no losses", "[900]"):
+    for part in ("no mixture was run twice", "1 mixtures have no losses", "[900]"):
         assert part in text, text
 
 
 def test_targets_are_names_or_weighted_names() -> None:
-    assert target_weights("a", ["a", "b"]) == {"a": 1.0}
-    assert target_weights({"a": 1, "b": 3}, ["a", "b"]) == {"a": 0.25, "b": 0.75}
+    assert fit_targets(planted_runs(), "a=1,b=3", names=("linear",))["target"] == {"a": 0.25, "b": 0.75}
     fit = fit_targets(planted_runs(), {"a": 2.0, "b": 2.0}, targets=["a"], names=("linear",))
     assert fit["target"] == {"a": 0.5, "b": 0.5} and set(fit["targets"]) == {"a", "b"}
 
@@ -127,7 +126,7 @@ def test_targets_are_names_or_weighted_names() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("reamde", "'reamde' is not among the losses; did you mean 'readme'"),
+        ("reamde", "'reamde' is not among the losses. Did you mean 'readme'"),
         ({"readme": -1.0}, "'readme' has weight -1"),
         ({"readme": float("nan")}, "has weight nan"),
         ({"readme": 0.0}, "at least one loss a weight above 0"),
@@ -136,7 +135,23 @@ def test_targets_are_names_or_weighted_names() -> None:
 )
 def test_bad_targets_are_named(target: str | dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        target_weights(target, ["readme", "python"])
+        parse_goal(target, ["readme", "python"])
+
+
+def test_what_cannot_be_fitted_is_said_in_a_search_as_in_a_study() -> None:
+    """Searches and studies both fit through fit_targets. Domains that keep one ratio count as one."""
+    runs = planted_runs()
+    idle = Runs(runs.index, (*runs.domains, "idle"), np.hstack([runs.weights, np.zeros((43, 1))]), runs.losses)
+    with pytest.raises(ValueError, match=r"never vary in these 43 runs: idle \(always 0\)"):
+        fit_targets(idle, "a", names=NAMES)
+    assert fit_targets(idle, "a", names=("linear",), fixed=("idle",))["n_train"] == 43
+    with pytest.raises(ValueError, match="5 different mixtures for 4 domains: a fit needs at least 6, better 20"):
+        fit_targets(runs.select(runs.index[:5]), "a", names=NAMES)
+    share = np.random.default_rng(0).random((5, 1))
+    tied = Runs(runs.index[:5], runs.domains, np.hstack([share * [0.2, 0.3, 0.5], 1 - share]), runs.losses)
+    check_runs_tell(tied, NAMES)
+    with pytest.raises(ValueError, match="3 different mixtures for 2 domains"):
+        check_runs_tell(Runs(runs.index[:3], runs.domains, tied.weights[:3], runs.losses), NAMES)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from regmix_search.region import Region, build_region, fixed_domains, known_only, lift_caps
+from regmix_search.region import Region, build_region, fixed_domains
 from regmix_search.space import Space, build_space, unlimited_space
 
 DOMAINS = ("web", "code", "math", "books")
@@ -90,13 +90,13 @@ def test_a_mixture_outside_moves_no_farther_than_it_must() -> None:
 
 def test_domains_without_runs_are_left_out_where_bounds_allow() -> None:
     sample = np.array([[0.5, 0.5, 0, 0]])
-    assert known_only(build_region(FREE), sample).high.tolist() == [1, 1, 0, 0]
+    assert build_region(FREE).known_only(sample).high.tolist() == [1, 1, 0, 0]
     needed = build_region(FREE, ["math=0.1.."])
-    assert known_only(needed, sample).high.tolist() == [1, 1, 0.1, 0], "never more of it than must be"
+    assert needed.known_only(sample).high.tolist() == [1, 1, 0.1, 0], "never more of it than must be"
     tight = build_region(capped(web=100, code=100))  # .4 + .4: no mixture without the others
-    assert known_only(tight, sample) is tight
+    assert tight.known_only(sample) is tight
 
 
 def test_caps_can_be_lifted_and_bounds_stay() -> None:
     space = capped(web=100, code=100)
-    assert lift_caps(build_region(space, ["code=..0.3"]), space.caps).high.tolist() == [1, 0.3, 1, 1]
+    assert build_region(space, ["code=..0.3"]).lift_caps(space.caps).high.tolist() == [1, 0.3, 1, 1]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from regmix_search import run as cli
+from regmix_search.choice import coverage90
 from regmix_search.config import SearchConfig
+from regmix_search.fits import check_runs_tell
 from regmix_search.goals import Goal, parse_goal
-from regmix_search.study import check_study, coverage, judge, study_fit
+from regmix_search.study import judge, study_fit
 from regmix_search.study_files import StudyFiles, draw_runs, read_space, read_study
 from regmix_search.tables import Runs, read_runs, write_losses, write_mixtures
 
@@ -120,9 +122,11 @@ def test_judge_and_coverage_by_hand() -> None:
     assert judge(np.array([3.0, 2.0, 1.0]), true)["regret_at_1"] == 1.0
     assert judge(true, true) == {"spearman": 1.0, "pearson": 1.0, "mse": 0.0, "regret_at_1": 0.0}
     errors = np.array([0.0] * 19 + [9.0])
-    assert coverage(errors, np.zeros(20)) == pytest.approx(0.95), "the outlier is outside what the others show"
+    assert coverage90(errors, np.ones(20), np.arange(20)) == pytest.approx(0.95), (
+        "the outlier is outside what the others show"
+    )
     rng = np.random.default_rng(0)
-    assert coverage(rng.normal(size=400), np.zeros(400)) == pytest.approx(0.9, abs=0.01)
+    assert coverage90(rng.normal(size=400), np.ones(400), np.arange(400)) == pytest.approx(0.9, abs=0.01)
 
 
 def broken(**changes) -> Runs:
@@ -135,12 +139,12 @@ def test_what_cannot_be_fitted_is_said(tmp_path) -> None:
     still = np.column_stack([0.7 * make_runs(12).weights[:, :2], 1 - 0.7 * make_runs(12).weights[:, :2].sum(axis=1)])
     still = np.column_stack([still[:, 0], 0.7 - still[:, 0], np.full(12, 0.3)])
     with pytest.raises(ValueError, match=r"never vary in these 12 runs: math \(always 0\.3\)"):
-        check_study(broken(weights=still), ("linear",))
-    check_study(broken(weights=still), ("linear",), fixed=("math",))
-    with pytest.raises(ValueError, match="4 different mixtures for 3 domains: linear needs at least 5, better 15"):
-        check_study(make_runs(12).select(range(4)), ("linear",))
+        check_runs_tell(broken(weights=still), ("linear",))
+    check_runs_tell(broken(weights=still), ("linear",), fixed=("math",))
+    with pytest.raises(ValueError, match="4 different mixtures for 3 domains: a fit needs at least 5, better 15"):
+        check_runs_tell(make_runs(12).select(range(4)), ("linear",))
     with pytest.raises(ValueError, match="does not exist"):
-        check_study(make_runs(12), ("liner",))
+        check_runs_tell(make_runs(12), ("liner",))
     with pytest.raises(ValueError, match="--limit 13: there are 12 runs"):
         draw_runs(make_runs(12), 13, 0)
 
