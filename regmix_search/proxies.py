@@ -178,7 +178,7 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Genera
     tokens = streak = 0
     try:
         _submit_waiting(ledger, executor)
-        while ledger.counts.running:
+        while ledger.counts.running or ledger.counts.waiting:  # also under other drivers: they may die
             progress.update(ledger.counts, tokens)
             outcomes = executor.wait(timeout=0.5)
             for outcome in outcomes:
@@ -189,11 +189,13 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Genera
             if streak >= HOPELESS or (len(ledger.failed) >= HOPELESS and not ledger.finished):
                 reason = list(ledger.failed.values())[-1]
                 raise ValueError(f"{ledger.path}: no proxy succeeds: {reason}. Mend it and run this again")
+            ledger.refresh()
             _submit_waiting(ledger, executor)  # before anybody looks at outcomes: no worker waits for that
             yield from outcomes
         progress.update(ledger.counts, tokens)
     finally:
         executor.close()
+        ledger.release()
 
 
 def _submit_waiting(ledger: Ledger, executor: Executor) -> None:
@@ -205,7 +207,9 @@ def _record(ledger: Ledger, outcome: Outcome, progress: Progress) -> int:
     """Writes an outcome into the ledger; the tokens that it adds."""
     trial = outcome.trial
     if outcome.result is not None:
-        ledger.tell(trial, **{"seconds": outcome.seconds, **outcome.result})
+        if not ledger.tell(trial, **{"seconds": outcome.seconds, **outcome.result}):
+            progress.say(f"proxy {trial.name}: another driver has it, which thought that this one was dead")
+            return 0
         return int(outcome.result.get("tokens", 0))
     facts = {"seconds": outcome.seconds} | ({"traceback": outcome.traceback} if outcome.traceback else {})
     again = ledger.fail(trial, outcome.reason, outcome.retry, **facts)

@@ -3,6 +3,7 @@
     python -m regmix_search.run --config configs/search/demo.yaml
     python -m regmix_search.run --config configs/search/demo.yaml --dry-run
     python -m regmix_search.run --config configs/search/demo.yaml --stage proxies --set mixtures.count=128
+    python -m regmix_search.run --config runs/demo/config.yaml --join
     python -m regmix_search.run --stage fit --mixtures M.csv --losses L.csv --target pile_cc --out DIR --json
     python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target mean --out DIR
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
     parser.add_argument("--preset", metavar="NAME", help="NAME.yaml beside the config instead of it, e.g. smoke")
     parser.add_argument("--stage", choices=("all", *ORDER), default="all", help="run one stage (default: all)")
+    parser.add_argument("--join", action="store_true", help="train proxies of a search that runs here or elsewhere")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, tokens, FLOPs and time, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML, and stop")
@@ -93,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from regmix_search.budget import describe
 
             print(describe(search))
+            return 0
+        if args.join:
+            search.say(stages.join(search))
             return 0
         return _run(search, args)
     except (ValueError, OSError, ImportError) as error:

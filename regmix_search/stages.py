@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_lite.config import to_dict
 from megatron_lite.files import atomic_write_json
 from regmix_search.config import SearchConfig
+from regmix_search.drivers import Driver
 from regmix_search.freshness import Stage, digest, read_json
 from regmix_search.ledger import Kind, Ledger, Trial, replay
 from regmix_search.progress import Progress
@@ -19,6 +21,8 @@ from regmix_search.search import Search
 
 # Keys of the proxy's config that do not change what is learned or measured (its data has a digest of its own).
 NOT_COMPARED = ("name", "out_dir", "seed", "mixture", "threads", "log", "checkpoint", "data")
+
+JOIN_POLL = 2.0  # seconds between looks at whether the leader has more proxies
 
 
 def mixtures(search: Search) -> Stage:
@@ -107,41 +111,20 @@ def proxies(search: Search) -> Stage:
     search.goal_losses(inventory)  # refuses losses that will not be measured
     if config.fit.target_test is not None:
         inventory.check_target("fit.target_test", config.fit.target_test)
-    path, rounds = out / "trials.jsonl", config.mixtures.rounds
-    fingerprint = {**settings(config), "shards": inventory.digest}
-    valid = tuple(name for name in inventory.valid if name != config.fit.target_test)
+    rounds, fingerprint = config.mixtures.rounds, _fingerprint(search)
     plan_trials(search)  # refuses a table of other settings before anything starts
 
-    def train() -> Ledger:
-        from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
-
-        ledger = Ledger(path, plan_trials(search), fingerprint, config.proxies.retries)
-        for line in ledger.torn_lines:
-            search.say(f"{path}, line {line}: torn by a crash, skipped")
-        log = dataclasses.replace(config.proxy.log, console=False)
-        proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
-        function = ProxyTraining(proxy, str(proxy_shards(search).resolve()), valid, str(out.resolve() / "proxies"))
-        pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
-        with Progress("proxies", search.stream) as progress, closing(run_trials(ledger, pool, progress)) as outcomes:
-            try:
-                for _ in outcomes:
-                    _write_losses(out / "losses.csv", ledger, valid)
-            finally:
-                _write_losses(out / "losses.csv", ledger, valid)
-        if not ledger.finished:
-            raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
-        return ledger
-
     def make() -> str:
-        ledger = train()
-        while rounds:
-            from regmix_search.rounds import add_round
+        with Driver(out / "drivers") as driver:
+            ledger = train_planned(search, driver)
+            while rounds:
+                from regmix_search.rounds import add_round
 
-            text, grown = add_round(search)
-            search.say(text)
-            if not grown:
-                break
-            ledger = train()
+                text, grown = add_round(search)
+                search.say(text)
+                if not grown:
+                    break
+                ledger = train_planned(search, driver)
         done, total = ledger.finished.values(), len(ledger.trials)
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
         return f"{len(done)} of {total} done, {sum(e['tokens'] for e in done):,} tokens{failed}"
@@ -149,20 +132,64 @@ def proxies(search: Search) -> Stage:
     inputs = {**fingerprint, "retries": config.proxies.retries}
     if not rounds:
         inputs["mixtures"] = digest(out / "mixtures.csv", "mixtures")
-        return Stage("proxies", inputs, (path, out / "losses.csv"), make)
+        return Stage("proxies", inputs, (out / "trials.jsonl", out / "losses.csv"), make)
     keys = ("rounds", "batch", "max_flops")
     inputs |= {"mixtures": digest(out / "design.csv", "mixtures"), "target": config.fit.target}
     inputs |= {key: getattr(config.mixtures, key) for key in keys}
-    outputs = (path, out / "losses.csv", out / "mixtures.csv", out / "rounds.json")
+    outputs = (out / "trials.jsonl", out / "losses.csv", out / "mixtures.csv", out / "rounds.json")
     return Stage("proxies", inputs, outputs, make)
 
 
+def train_planned(search: Search, driver: Driver) -> Ledger:
+    """Trains what mixtures.csv asks for and is not finished, beside other drivers of the same ledger."""
+    from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
+
+    config, out, path = search.config, search.out, search.out / "trials.jsonl"
+    ledger = Ledger(path, plan_trials(search), _fingerprint(search), config.proxies.retries, driver)
+    for line in ledger.torn_lines:
+        search.say(f"{path}, line {line}: torn by a crash, skipped")
+    log = dataclasses.replace(config.proxy.log, console=False)
+    proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
+    shards, valid = str(proxy_shards(search).resolve()), _scored(search)
+    function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"))
+    pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
+    with Progress("proxies", search.stream) as progress, closing(run_trials(ledger, pool, progress)) as outcomes:
+        try:
+            for _ in outcomes:
+                _write_losses(out / "losses.csv", ledger, valid)
+        finally:
+            _write_losses(out / "losses.csv", ledger, valid)
+    if not ledger.finished:
+        raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
+    return ledger
+
+
+def join(search: Search) -> str:
+    """Trains proxies of a search that another process leads, on this machine or another, until it needs no more."""
+    with Driver(search.out / "drivers", joined=True) as driver:
+        grown = True
+        while grown:
+            ledger = train_planned(search, driver)
+            while not (grown := len(plan_trials(search)) > len(ledger.trials)) and driver.led():
+                time.sleep(JOIN_POLL)  # the leader may be at its next round
+    mine = sum(event.get("driver") == driver.id for event in ledger.finished.values())
+    return f"proxies: {len(ledger.finished)} of {len(ledger.trials)} done, {mine} of them by this driver"
+
+
+def _fingerprint(search: Search) -> dict[str, Any]:
+    return {**settings(search.config), "shards": search.inventory.digest}
+
+
+def _scored(search: Search) -> tuple[str, ...]:
+    return tuple(name for name in search.inventory.valid if name != search.config.fit.target_test)
+
+
 def _write_losses(path: Path, ledger: Ledger, valid: Sequence[str]) -> None:
-    """What is finished so far, so that an interrupted search can be fitted too."""
+    """What is finished so far: an interrupted search can be fitted too. One that joined leaves it to the leader."""
     from regmix_search.tables import write_losses
 
     done = dict(sorted(ledger.finished.items()))
-    if done:
+    if done and not ledger.driver.joined:
         write_losses(path, list(done), {d: [event["losses"][d] for event in done.values()] for d in valid})
 
 

@@ -57,7 +57,11 @@ def test_claims_of_a_dead_owner_are_free_again(tmp_path):
     done, _lost = claim(first), claim(first)
     first.tell(done, losses={"readme": 1.0})
     second = open_ledger(tmp_path)
-    assert second.counts == Counts(finished=1, running=0, failed=0, waiting=3)
+    assert second.counts == Counts(finished=1, running=1, failed=0, waiting=2)
+    assert claim(second).index == 2
+    first.driver.close()
+    second.driver._seen.clear()
+    assert second.counts == Counts(finished=1, running=1, failed=0, waiting=2)
     assert claim(second).index == 1
 
 
@@ -68,10 +72,12 @@ def test_a_torn_last_line_is_skipped_and_the_next_append_starts_a_new_one(tmp_pa
         first.tell(claim(first), losses={"readme": 1.0})
     path = tmp_path / "trials.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
+    first.driver.close()
     second = open_ledger(tmp_path)
     whole = cut == 1  # only the newline is gone: the event itself is complete
     assert sorted(second.finished) == ([0, 1] if whole else [0])
     second.tell(claim(second), losses={"readme": 2.0})
+    second.driver.close()
     third = open_ledger(tmp_path)
     assert sorted(third.finished) == ([0, 1, 2] if whole else [0, 1])
     assert third.torn_lines == ([] if whole else [4])
@@ -156,6 +162,7 @@ def test_failures_of_mended_settings_do_not_count(tmp_path):
     mended = open_ledger(tmp_path, n=2, settings=settings)
     assert claim(mended).index == 0
     mended.tell(claim(mended), losses={"readme": 1.0})
+    mended.driver.close()
     assert claim(open_ledger(tmp_path, n=2, settings=settings)).index == 0
 
 
@@ -189,7 +196,7 @@ def test_a_kill_between_any_two_writes_loses_nothing_that_was_told(tmp_path):
         "trials = [Trial(i, 'train', {'a': 1.0}, 0) for i in range(100000)]\n"
         f"ledger = Ledger(Path({str(tmp_path)!r}) / 'trials.jsonl', trials, {{}})\n"
         "for trial in trials:\n"
-        "    ledger._append('claim', trial); ledger.tell(trial, losses={'x': float(trial.index)})\n"
+        "    ledger.tell(trial, losses={'x': float(trial.index)})\n"
         "    print(trial.index, flush=True)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
