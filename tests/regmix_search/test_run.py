@@ -351,11 +351,8 @@ def test_another_process_joins_a_search_that_runs(smoke, tmp_path):
     text, _ = leader.communicate(timeout=300)
     assert leader.returncode == 0 and "17 of 17 done" in text, text
     drivers = Counter(e["driver"] for e in events(out) if e["event"] == "finish")
-    assert (
-        len(drivers) == 2
-        and f"17 of 17 done, {min(drivers.values())} of them" in joined
-        or f"17 of 17 done, {max(drivers.values())} of them" in joined
-    ), (drivers, joined)
+    shares = [f"17 of 17 done, {count} of them" in joined for count in drivers.values()]
+    assert len(drivers) == 2 and any(shares), (drivers, joined)
     same = {i: e["losses"] for i, e in replay(smoke.out / "trials.jsonl").finished.items()}
     assert {i: e["losses"] for i, e in replay(out / "trials.jsonl").finished.items()} == same
     assert len(read_csv(out / "losses.csv")) == 17 and list((out / "drivers").iterdir()) == []
