@@ -27,7 +27,7 @@ from megatron_lite.data.batch import Batch
 class Documents:
     """Where documents begin in a micro-batch of [B, T] tokens; None where a row is one text."""
 
-    position_ids_BT: Tensor | None = None  # int64: place in the document
+    position_ids_BT: Tensor | None = None  # int32: place in the document
     cu_seqlens: Tensor | None = None  # int32: starts of documents in the flattened B*T, and B*T
     max_seqlen: int | None = None  # tokens of the longest of them
 

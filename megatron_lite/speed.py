@@ -38,7 +38,7 @@ def measure_speed(config: Config, plan: Plan, mesh: Mesh) -> Speed:
 def _micro_batch_rate(config: Config, plan: Plan, mesh: Mesh) -> float:
     model = GPT(plan.shape, config.seed, mesh.tp).to(mesh.device)
     shape = (config.batch.micro_batch_size, config.data.seq_length)
-    tokens_BT = torch.zeros(shape, dtype=torch.long, device=mesh.device)
+    tokens_BT = torch.zeros(shape, dtype=torch.int32, device=mesh.device)
     autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
     best = float("inf")
     for _ in range(4):  # the first ones warm caches and allocators up

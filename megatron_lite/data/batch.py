@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
+TOKEN_LIMIT = 1 << 31  # token ids are below: batches hold 32 bits
 
 
 @dataclass
@@ -21,11 +22,11 @@ class Batch:
     Both may be views of one array [B, T + 1]: half of the memory to fill. Neither is to be written to.
     """
 
-    tokens_BT: Tensor  # int64
-    labels_BT: Tensor  # int64
-    loss_mask_BT: Tensor  # float32: 1 where the label counts; read-only unless eod_mask_loss
+    tokens_BT: Tensor  # int32, half of the memory of int64; torch.nn.functional.cross_entropy wants labels_BT.long()
+    labels_BT: Tensor  # int32
+    loss_mask_BT: Tensor  # bool: true where the label counts; read-only unless eod_mask_loss
     domain_B: Tensor  # int64: index into loader.names; 0 in an EvalSet
-    position_ids_BT: Tensor | None = None  # int64: place in the document; None: 0 to seq_length - 1
+    position_ids_BT: Tensor | None = None  # int32: place in the document; None: 0 to seq_length - 1
     cu_seqlens: Tensor | None = None  # int32: where documents start in the flattened B*T, and B*T; None: rows are whole
     max_seqlen: int | None = None  # tokens of the longest document piece in cu_seqlens
 
@@ -62,10 +63,10 @@ class Rows:
 
     domain: IntArray
     ordinal: IntArray
-    tokens: IntArray
-    labels: IntArray
-    loss_mask: npt.NDArray[np.float32] | None = None
-    position_ids: IntArray | None = None
+    tokens: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_] | None = None
+    position_ids: npt.NDArray[np.int32] | None = None
     cu_seqlens: list[npt.NDArray[np.int32]] | None = None  # of each micro-batch
     max_seqlen: list[int] | None = None
 
@@ -87,8 +88,8 @@ class Rows:
 
 @functools.cache
 def _ones(rows: int, seq_length: int) -> Tensor:
-    """One number seen as a whole mask: it is never written, and torch refuses to write to it."""
-    return torch.ones(1).expand(rows, seq_length)
+    """One value seen as a whole mask: it is never written, and torch refuses to write to it."""
+    return torch.ones(1, dtype=torch.bool).expand(rows, seq_length)
 
 
 def mark_documents(rows: Rows, options: DocumentOptions, micro_batch_size: int) -> None:
@@ -96,11 +97,11 @@ def mark_documents(rows: Rows, options: DocumentOptions, micro_batch_size: int) 
     count, seq_length = rows.tokens.shape
     eod = rows.tokens == options.eod_id
     if options.eod_mask_loss:
-        rows.loss_mask = np.where(eod, np.float32(0), np.float32(1))
+        rows.loss_mask = ~eod
     begins = np.zeros((count, seq_length), dtype=bool)
     begins[:, 0], begins[:, 1:] = True, eod[:, :-1]
     if options.reset_position_ids:
-        place = np.arange(seq_length)
+        place = np.arange(seq_length, dtype=np.int32)
         rows.position_ids = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
     if options.reset_attention_mask:
         pieces: list[npt.NDArray[Any]] = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.batch import NO_MARKS, Batch, DocumentOptions, Rows, mark_documents
+from megatron_lite.data.batch import NO_MARKS, TOKEN_LIMIT, Batch, DocumentOptions, Rows, mark_documents
 from megatron_lite.data.indexed import IndexedDataset
 
 
@@ -43,7 +43,7 @@ class EvalSet:
         if all(meta is not None for meta in metas):
             known = [meta for meta in metas if meta is not None]
             self.bytes_per_token = sum(m.num_bytes for m in known) / sum(m.num_tokens for m in known)
-            self._check_vocabulary(min(m.vocab_size for m in known), prefixes)
+        self._check_vocabulary(min([TOKEN_LIMIT, *(meta.vocab_size for meta in metas if meta is not None)]), prefixes)
 
     def __len__(self) -> int:
         """Batches."""
@@ -58,16 +58,15 @@ class EvalSet:
         for first in range(0, self.num_windows, self.micro_batch_size):
             rows = min(self.micro_batch_size, self.num_windows - first)
             start, size = first * self.seq_length, rows * self.seq_length
-            piece = self._stream[start : start + size + 1].astype(np.int64)
+            piece = self._stream[start : start + size + 1].astype(np.int32)
             missing = size + 1 - len(piece)
             piece = np.pad(piece, (0, missing))
-            mask = np.ones(size, dtype=np.float32)
-            mask[size - missing :] = 0
+            mask = np.ones(size, dtype=np.bool_)
+            mask[size - missing :] = False
             tokens, labels = (part.reshape(rows, -1).copy() for part in (piece[:-1], piece[1:]))
             found = Rows(np.zeros(rows, dtype=np.int64), np.arange(rows), tokens, labels)
             mark_documents(found, self.options, rows)
-            learned = 1 if found.loss_mask is None else found.loss_mask
-            found.loss_mask = mask.reshape(rows, -1) * learned
+            found.loss_mask = mask.reshape(rows, -1) & (True if found.loss_mask is None else found.loss_mask)
             yield from found.split(rows)
 
     def _check_vocabulary(self, vocab_size: int, prefixes: Sequence[str]) -> None:

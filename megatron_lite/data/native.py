@@ -26,8 +26,7 @@ from megatron_lite.data.indexed_writer import DTYPES
 from megatron_lite.data.quota import QuotaTree
 from megatron_lite.data.samples import NEEDS_EPOCH, DomainSamples, Shard
 
-VERSION = 5  # of the C interface: ml_version() in gather.cpp
-NO_VOCAB = -1  # as an unsigned number: larger than any token
+VERSION = 6  # of the C interface: ml_version() in gather.cpp
 RANDOM_ORDER = 0  # readahead.h
 
 I64, U64, PTR = ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
@@ -175,7 +174,7 @@ class Gather(reference.Gather):
             domains=ctypes.addressof(self._table),
             micro_batch_size=micro_batch_size,
             seq_length=self.seq_length,
-            vocab_size=NO_VOCAB if vocab_size is None else vocab_size,
+            vocab_size=self.limit,
             eod=-1 if options.eod_id is None else options.eod_id,
         )
 
@@ -203,20 +202,19 @@ class Gather(reference.Gather):
     def _allocate(self, count: int) -> Rows:
         """Rows in memory that was given out before and that nobody holds any more, if there is such."""
         call, options, shape = self._call, self.options, (count, self.seq_length)
-        plane, end = 8 * count * self.seq_length, 8 * count * (self.seq_length + 1)  # bytes
-        flat, base = self._borrow(
-            16 * count + end + options.reset_position_ids * plane + options.eod_mask_loss * plane // 2
-        )
-        call.tokens, tokens = base, np.ndarray((count, self.seq_length + 1), np.int64, flat)
+        plane, end = 4 * count * self.seq_length, 16 * count  # bytes
+        marks = plane * options.reset_position_ids + plane // 4 * options.eod_mask_loss
+        flat, base = self._borrow(end + plane + 4 * count + marks)
+        call.domain, call.ordinal = base, base + 8 * count
+        domain, ordinal = np.ndarray((2, count), np.int64, flat)
+        call.tokens, tokens = base + end, np.ndarray((count, self.seq_length + 1), np.int32, flat, end)
+        end += tokens.nbytes
         position_ids = loss_mask = None
         if options.reset_position_ids:
-            position_ids, call.position_ids = np.ndarray(shape, np.int64, flat, end), base + end
+            position_ids, call.position_ids = np.ndarray(shape, np.int32, flat, end), base + end
             end += plane
-        call.domain, call.ordinal = base + end, base + end + 8 * count
-        domain, ordinal = np.ndarray((2, count), np.int64, flat, end)
-        end += 16 * count
         if options.eod_mask_loss:
-            loss_mask, call.loss_mask = np.ndarray(shape, np.float32, flat, end), base + end
+            loss_mask, call.loss_mask = np.ndarray(shape, np.bool_, flat, end), base + end
         return Rows(domain, ordinal, tokens[:, :-1], tokens[:, 1:], loss_mask, position_ids)
 
     def _borrow(self, size: int) -> tuple[npt.NDArray[np.uint8], int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lite.data.batch import NO_MARKS, DocumentOptions, Rows, mark_documents
+from megatron_lite.data.batch import NO_MARKS, TOKEN_LIMIT, DocumentOptions, Rows, mark_documents
 from megatron_lite.data.blend import Blend
 from megatron_lite.data.keys import mix64
 from megatron_lite.data.quota import QuotaTree
@@ -101,19 +101,19 @@ class Gather:
     ) -> None:
         self.domains, self.micro_batch_size = domains, micro_batch_size
         self.options, self.vocab_size = options, vocab_size
+        self.limit = TOKEN_LIMIT if vocab_size is None else min(vocab_size, TOKEN_LIMIT)
         self.seq_length = next(domain.seq_length for domain in domains if domain is not None)
 
     def rows(self, domain: npt.NDArray[np.integer[Any]], ordinal: IntArray) -> Rows:
         """The samples `ordinal` [n] of the domains `domain` [n], an index into `domains`, with their marks."""
-        tokens = np.empty((len(domain), self.seq_length + 1), dtype=np.int64)
+        tokens = np.empty((len(domain), self.seq_length + 1), dtype=np.int32)
         for row, which, j in zip(tokens, domain.tolist(), ordinal.tolist(), strict=True):
             source, filled = self.domains[which], 0
             assert source is not None
             for status, shard, document, at, count in sample_pieces(source, j):
                 if status == 0:
-                    piece = source.shards[shard].tokens[at : at + count].astype(np.int64)
-                    limit = np.inf if self.vocab_size is None else self.vocab_size
-                    status = 0 if not count or (piece.min() >= 0 and piece.max() < limit) else BAD_TOKEN
+                    piece = source.shards[shard].tokens[at : at + count]
+                    status = 0 if not count or (piece.min() >= 0 and piece.max() < self.limit) else BAD_TOKEN
                 if status:
                     raise self._fault(status, which, j, shard, document)
                 row[filled : filled + count] = piece

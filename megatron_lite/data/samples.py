@@ -129,7 +129,7 @@ class DomainSamples:
     def _gather(self) -> Any:
         return self._kernels.Gather([self])
 
-    def gather(self, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def gather(self, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Tokens [n, seq_length + 1] of the samples with these ordinals; any ordinal from 0 on, in any order."""
         ordinals = np.asarray(ordinals, dtype=np.int64)
         assert ordinals.ndim == 1 and (ordinals >= 0).all()
@@ -149,7 +149,9 @@ class DomainSamples:
         where = f"{self._where}: sample {ordinal}"
         place = self.shards[shard].prefix + (f", document {document}" if document >= 0 else "")
         if status == BAD_TOKEN and vocab_size is None:
-            return ValueError(f"{where} holds a negative token: the .bin is damaged ({place})")
+            return ValueError(
+                f"{where} holds a token that is negative or not below 2^31: the .bin is damaged ({place})"
+            )
         if status == BAD_TOKEN:
             return ValueError(
                 f"{where} holds a token outside the vocabulary of {vocab_size}; the shard was made with another "

@@ -104,6 +104,7 @@ def summed_loss(
     tokens_BT, labels_BT, mask_BT = (
         x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
     )
+    mask_BT = mask_BT.float()
     with autocast:
         loss, losses_BT = model(tokens_BT, labels_BT, mask_BT, Documents.of(batch, device))
     if by_domain is not None:
@@ -119,7 +120,7 @@ def compile_in_place(module: GPT) -> None:
     module.compile(dynamic=False)
     try:
         length = min(8 * module.tp.size, module.shape.seq_length)
-        tokens = torch.zeros(1, length, dtype=torch.long, device=next(module.parameters()).device)
+        tokens = torch.zeros(1, length, dtype=torch.int32, device=next(module.parameters()).device)
         with torch.no_grad():
             module(tokens, tokens)
     except Exception as error:

@@ -102,7 +102,7 @@ def losses_and_gradients(
     grad_h_ND, grad_head_VD = (torch.zeros_like(x) if weights_N is not None else x[:0] for x in (h_ND, head_VD))
     for start in range(0, len(h_ND), size):
         chunk = slice(start, start + size)
-        labels = labels_N[chunk, None] - rows.first
+        labels = labels_N[chunk, None].long() - rows.first
         mine = (labels >= 0) & (labels < V)
         labels = labels.masked_fill(~mine, 0)
         logits = torch.mm(h_compute[chunk], head_compute.t(), out=buffer_NV[: len(labels)])

@@ -94,6 +94,19 @@ def test_rows_are_equal_for_every_order_and_mark(order, documents, dtype, seq_le
 
 
 @BOTH
+@pytest.mark.parametrize("seq_length", [255, 256, 257, 700])
+def test_marks_are_equal_where_documents_end_at_the_edges_of_strides(seq_length):
+    domain = domain_of([shard_of([4 * seq_length])], seq_length, "contiguous", native)
+    domain.shards[0].tokens[:] = 5
+    domain.shards[0].tokens[[0, 254, 255, 256, 257, 511, 512, seq_length - 1, seq_length, -1]] = EOD
+    for flags in itertools.product([False, True], repeat=3):
+        call = (np.zeros(3, np.int64), np.arange(3))
+        same(
+            *(kernels.Gather([domain], 3, DocumentOptions(EOD, *flags)).rows(*call) for kernels in (native, reference))
+        )
+
+
+@BOTH
 @pytest.mark.parametrize("order", ORDERS[:2])
 @pytest.mark.parametrize("window", [12, 24])
 def test_one_call_draws_and_gathers_what_two_would(order, window):

@@ -57,8 +57,8 @@ def test_a_batch_is_what_it_says(mixture):
     assert len(batches) == 2
     for batch in batches:
         assert batch.tokens_BT.shape == batch.labels_BT.shape == batch.loss_mask_BT.shape == (2, SEQ)
-        assert batch.tokens_BT.dtype == batch.labels_BT.dtype == batch.domain_B.dtype == torch.int64
-        assert batch.loss_mask_BT.dtype == torch.float32 and (batch.loss_mask_BT == 1).all()
+        assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int32 and batch.domain_B.dtype == torch.int64
+        assert batch.loss_mask_BT.dtype == torch.bool and batch.loss_mask_BT.all()
         assert batch.tokens_BT[0, 1].data_ptr() == batch.labels_BT[0, 0].data_ptr()  # stored once
         assert torch.equal(batch.tokens_BT[:, 1:], batch.labels_BT[:, :-1])
     whole = [batch for step in range(50) for batch in loader(mixture, micro=8).step(step)]
@@ -246,3 +246,5 @@ def test_eval_sets_refuse_nothing_and_foreign_tokens(make_shard):
         EvalSet("a", [make_shard("valid_a", [1]).prefix], SEQ, None, 1)
     with pytest.raises(ValueError, match=r"validation set 'b' .* tokens from 0 to 39, outside the vocabulary of 39"):
         EvalSet("b", [make_shard("valid_b", [40], vocab_size=39).prefix], SEQ, None, 1)
+    with pytest.raises(ValueError, match=rf"tokens from {2**31 - 9} to {2**31}, outside the vocabulary of {2**31}"):
+        EvalSet("c", [make_shard("valid_c", [10], "int64", 2**31 - 9).prefix], SEQ, None, 1)

@@ -103,9 +103,10 @@ def test_gather_names_the_first_row_outside_the_vocabulary(make_shard, kernels):
     gather.rows(np.zeros(first, np.int64), ordinals[:first])
 
 
-def test_negative_tokens_are_refused(make_shard, kernels):
-    domain = DomainSamples([make_shard("a", [50], "int32", first=-3)], 10, 0, "d", kernels=kernels)
-    with pytest.raises(ValueError, match=r"domain 'd' .*sample [0-9]+ holds a negative token.*document 0"):
+@pytest.mark.parametrize(("dtype", "first"), [("int32", -3), ("int64", 2**31 - 40)])
+def test_tokens_that_are_negative_or_need_more_than_31_bits_are_refused(make_shard, kernels, dtype, first):
+    domain = DomainSamples([make_shard("a", [50], dtype, first=first)], 10, 0, "d", kernels=kernels)
+    with pytest.raises(ValueError, match=r"domain 'd' .*sample [0-9]+ holds a token that is negative.*document 0"):
         domain.gather(np.arange(domain.samples_per_epoch))
 
 

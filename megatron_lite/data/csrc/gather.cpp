@@ -22,9 +22,9 @@ struct Batch {  // one call: what is asked, where it goes, and how it went; nati
   int64_t eod;
   int64_t* domain;        // [count]
   int64_t* ordinal;       // [count]
-  int64_t* tokens;        // [count, seq_length + 1]: inputs, and labels one place on
-  float* loss_mask;       // [count, seq_length]; this and the rest may be null
-  int64_t* position_ids;  // [count, seq_length]
+  int32_t* tokens;        // [count, seq_length + 1]: inputs, and labels one place on
+  bool* loss_mask;        // [count, seq_length]; this and the rest may be null
+  int32_t* position_ids;  // [count, seq_length]
   int32_t* cu_seqlens;    // [micro-batches, micro_batch_size * seq_length + 1]
   int64_t* num_cu;        // [micro-batches]: how many of them count
   int64_t* max_seqlen;    // [micro-batches]
@@ -100,13 +100,13 @@ class Fetch {
 
 Fault copy_row(const Batch& batch, int64_t i, const Plan& plan, Fetch fetch) {
   constexpr int64_t CHUNK = 256;  // tokens between two fetches
-  int64_t* tokens = batch.tokens + i * (batch.seq_length + 1);
+  int32_t* tokens = batch.tokens + i * (batch.seq_length + 1);
   for (const Piece& piece : plan.pieces) {
     const int64_t code = piece.shard->dtype_code, end = piece.at + piece.count;
     for (int64_t at = piece.at; at < end; at += CHUNK) {
       const int64_t count = end - at < CHUNK ? end - at : CHUNK;
       fetch.bytes(count << ITEM_SHIFT[code]);
-      if (!widen(code, piece.shard->tokens + (at << ITEM_SHIFT[code]), count, tokens, batch.vocab_size))
+      if (!convert(code, piece.shard->tokens + (at << ITEM_SHIFT[code]), count, tokens, batch.vocab_size))
         return {BAD_TOKEN, piece.number, piece.document};
       tokens += count;
     }
@@ -120,7 +120,8 @@ void mark_row(const Batch& batch, int64_t i) {
   int64_t used = cu && row ? batch.num_cu[micro] : 0;
   const Marks marks{batch.loss_mask ? batch.loss_mask + i * seq_length : nullptr,
                     batch.position_ids ? batch.position_ids + i * seq_length : nullptr, cu ? cu + used : nullptr};
-  used += mark(batch.tokens + i * (seq_length + 1), seq_length, batch.eod, row * seq_length, marks);
+  used += mark(batch.tokens + i * (seq_length + 1), seq_length, static_cast<int32_t>(batch.eod), row * seq_length,
+               marks);
   if (!cu) return;
   batch.num_cu[micro] = used;
   if (row + 1 < batch.micro_batch_size) return;
@@ -135,7 +136,7 @@ void mark_row(const Batch& batch, int64_t i) {
 
 extern "C" {
 
-int64_t ml_version() { return 5; }  // native.VERSION: raise both when a signature or a result changes
+int64_t ml_version() { return 6; }  // native.VERSION: raise both when a signature or a result changes
 
 // Tell the kernel how a mapped range is read: in no order (what = 0), or soon (1).
 void ml_advise(const uint8_t* base, int64_t bytes, int64_t what) { advise(base, bytes, what); }
