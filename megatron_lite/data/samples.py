@@ -149,9 +149,7 @@ class DomainSamples:
         where = f"{self._where}: sample {ordinal}"
         place = self.shards[shard].prefix + (f", document {document}" if document >= 0 else "")
         if status == BAD_TOKEN and vocab_size is None:
-            return ValueError(
-                f"{where} holds a token that is negative or not below 2^31: the .bin is damaged ({place})"
-            )
+            return ValueError(f"{where} holds a token below 0 or from 2^31 on: the .bin is damaged ({place})")
         if status == BAD_TOKEN:
             return ValueError(
                 f"{where} holds a token outside the vocabulary of {vocab_size}; the shard was made with another "

@@ -96,14 +96,12 @@ def test_rows_are_equal_for_every_order_and_mark(order, documents, dtype, seq_le
 @BOTH
 @pytest.mark.parametrize("seq_length", [255, 256, 257, 700])
 def test_marks_are_equal_where_documents_end_at_the_edges_of_strides(seq_length):
-    domain = domain_of([shard_of([4 * seq_length])], seq_length, "contiguous", native)
-    domain.shards[0].tokens[:] = 5
-    domain.shards[0].tokens[[0, 254, 255, 256, 257, 511, 512, seq_length - 1, seq_length, -1]] = EOD
+    shard = shard_of([50 * seq_length])
+    shard.tokens[:] %= EOD + 1  # a quarter is EOD
+    domain, call = domain_of([shard], seq_length, "contiguous", native), (np.zeros(48, np.int64), np.arange(48))
     for flags in itertools.product([False, True], repeat=3):
-        call = (np.zeros(3, np.int64), np.arange(3))
-        same(
-            *(kernels.Gather([domain], 3, DocumentOptions(EOD, *flags)).rows(*call) for kernels in (native, reference))
-        )
+        options = DocumentOptions(EOD, *flags)
+        same(*(kernels.Gather([domain], 3, options).rows(*call) for kernels in (native, reference)))
 
 
 @BOTH

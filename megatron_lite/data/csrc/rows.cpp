@@ -45,12 +45,13 @@ ML_CLONES int64_t mark(const int32_t* tokens, int64_t seq_length, int32_t eod, i
   if (marks.cu_seqlens) marks.cu_seqlens[appended++] = static_cast<int32_t>(first);
   for (int64_t at = 0, end; at < seq_length; at = end) {
     end = seq_length - at < STRIDE ? seq_length : at + STRIDE;
-    bool* const other = marks.loss_mask ? marks.loss_mask + at : own;
+    bool* const other = marks.loss_mask ? marks.loss_mask + at : own;  // than EOD
     find(tokens + at, end - at, eod, other);
     for (int64_t next = at; next < end;) {  // the rest of a document, as far as this stride goes
       const void* const found = std::memchr(other + (next - at), 0, static_cast<size_t>(end - next));
       const int64_t stop = found ? at + (static_cast<const bool*>(found) - other) + 1 : end;
-      if (marks.position_ids) number(static_cast<int32_t>(next - begin), static_cast<int32_t>(stop - next), marks.position_ids + next);
+      const auto place = static_cast<int32_t>(next - begin), count = static_cast<int32_t>(stop - next);
+      if (marks.position_ids) number(place, count, marks.position_ids + next);
       next = stop;
       if (!found) continue;
       begin = next;
