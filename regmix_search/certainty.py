@@ -135,6 +135,22 @@ def predicted_gain(refits: Refits, optimum: FloatArray, prior: FloatArray, centr
     return {"nats": centre, "interval90": [low, high]}
 
 
+def left_to_gain(
+    refits: Refits, own: FloatArray, region: Region, prior: FloatArray, optimum: FloatArray, seed: int
+) -> dict[str, Any]:
+    """Nats by which a better mixture than the optimum [k] could still be found, if another fit of the runs is right.
+
+    refits95: 19 of 20 refits say no more than this, each at its `own` [b, k] optimum; rivals: the one that says most.
+    """
+    mine = [o.at(optimum) - o.at(row) for o, row in zip(refits.objectives, own, strict=True)]
+    theirs = [o.at(optimum) - o.at(solve(o, region, prior, own, seed=seed, starts=REFIT_STARTS)) for o in refits.rivals]
+    return {
+        "refits95": float(np.quantile(mine, LEVELS[1])) if mine else None,
+        "rivals": max(theirs, default=0.0),
+        "reach90": float(np.quantile(np.abs(own - optimum).sum(axis=1), 2 * LEVELS[1] - 1)) if mine else None,
+    }
+
+
 def tokens_saved(gain: float, tokens: int | None) -> dict[str, Any]:
     """Share of a run's tokens after which the optimum would be where the prior ends, if its gain holds all the way.
 

@@ -70,6 +70,7 @@ class ProxiesConfig:
     workers: int = 0  # proxies at a time; 0: one a core
     threads: int = 1  # CPU threads of one proxy
     retries: int = 2  # further tries after a crash; a diverged proxy is never tried again
+    until_precise: bool = False  # start no more when the optimum moves less than its uncertainty and a run's noise
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ def _check(config: SearchConfig, where: str) -> None:
         if not low <= value <= high:
             limit = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
             raise ValueError(f"{where}: {key}={value} must be {limit}")
+    if proxies.until_precise and mixtures.repeats < 2:
+        raise ValueError(
+            f"{where}: proxies.until_precise compares what is left to gain with the noise of one run, which takes "
+            f"mixtures.repeats of 2 or more (is {mixtures.repeats})"
+        )
     if config.corpus.kind == "none" and not (config.corpus.dir or config.shards.data_dir):
         raise ValueError(
             f"{where}: corpus.kind=none needs your data: set corpus.dir (JSONL) or shards.data_dir (shards)"

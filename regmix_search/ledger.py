@@ -117,6 +117,7 @@ class Ledger:
         self.driver = driver or Driver(self.path.parent / "drivers")
         self.config_hash = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
         self.journal, self.state = Journal(self.path), Replay()
+        self.stopped = False  # no further trial is handed out here; those that run may end
         with self.journal.locked():
             busy = any(map(self.driver.alive, replay(self.path).claims.values()))
             check_fingerprint(self.path, fingerprint, busy)
@@ -142,7 +143,7 @@ class Ledger:
 
         Raises ValueError when a driver with other settings has taken the ledger over.
         """
-        while True:
+        while not self.stopped:
             with self.journal.locked():
                 self.refresh(whole=True)
                 if read_record(fingerprint_path(self.path)) != self.fingerprint:
@@ -155,6 +156,7 @@ class Ledger:
                 self._append("claim", trial)
             if self.state.claims.get(trial.index) == self.driver.id:
                 return trial
+        return None
 
     def tell(self, trial: Trial, losses: dict[str, float], **facts: Any) -> bool:
         """Records a finished trial. losses: validation domain -> nats per token; facts: tokens, seconds, run_dir...

@@ -169,6 +169,7 @@ def _surroundings(
     gain["significant"] = bool(sure and found["interval90"][1] < found["objective"]["prior"])
     return {
         "weights_interval90": dict(zip(space.domains, spread, strict=True)) if spread else {},
+        "left_to_gain": certainty.left_to_gain(refits, again, region, space.prior, weights, seed),
         "near_ties": certainty.near_ties(objective, refits, np.vstack([near, again]), weights, space.domains),
         "controls": {
             name: {

@@ -178,7 +178,9 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Genera
     tokens = streak = 0
     try:
         _submit_waiting(ledger, executor)
-        while ledger.counts.running or ledger.counts.waiting:  # also under other drivers: they may die
+        while ledger.counts.running or (
+            ledger.counts.waiting and not ledger.stopped
+        ):  # other drivers' too: they may die
             progress.update(ledger.counts, tokens)
             outcomes = executor.wait(timeout=0.5)
             for outcome in outcomes:

@@ -4,6 +4,7 @@
     python -m regmix_search.run --config configs/search/demo.yaml --dry-run
     python -m regmix_search.run --config configs/search/demo.yaml --stage proxies --set mixtures.count=128
     python -m regmix_search.run --config runs/demo/config.yaml --join
+    python -m regmix_search.run --stage status --out runs/demo
     python -m regmix_search.run --stage fit --mixtures M.csv --losses L.csv --target pile_cc --out DIR --json
     python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target mean --out DIR
 
@@ -55,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
     parser.add_argument("--preset", metavar="NAME", help="NAME.yaml beside the config instead of it, e.g. smoke")
-    parser.add_argument("--stage", choices=("all", *ORDER), default="all", help="run one stage (default: all)")
+    stages = ("all", *ORDER, "status")
+    parser.add_argument("--stage", choices=stages, default="all", help="one of them (default: all); status only looks")
     parser.add_argument("--join", action="store_true", help="train proxies of a search that runs here or elsewhere")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, tokens, FLOPs and time, and stop")
@@ -68,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     short = parser.add_argument_group("short for a key")
     short.add_argument("--target", metavar="NAME", help="fit.target: a loss, a=0.5,b=0.5, mean or worst (of all)")
     short.add_argument("--surrogate", metavar="NAME", help="fit.surrogates: one name, or auto to choose among all")
+    short.add_argument("--until-precise", action="store_true", help="proxies.until_precise: stop when it is settled")
     short.add_argument("--seed", metavar="S", type=int, help="seed")
     short.add_argument("--out", metavar="DIR", help="out_dir, the search's folder")
     return parser
@@ -76,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def read_config(args: argparse.Namespace) -> SearchConfig:
     """--config or --preset, then --set, then the flags that are short for a key."""
     flags = {"out_dir": args.out, "fit.target": args.target, "seed": args.seed}
+    flags["proxies.until_precise"] = args.until_precise or None
     if args.surrogate is not None:
         flags["fit.surrogates"] = [] if args.surrogate == "auto" else [args.surrogate]
     overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
@@ -87,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         config = read_config(args)
+        if args.stage == "status":
+            from regmix_search.status import describe_status, read_status
+
+            status = read_status(config.run_dir)
+            print(json.dumps(status) if args.json else describe_status(status))
+            return 0
         if args.print_config:
             print(dump(config), end="")
             return 0

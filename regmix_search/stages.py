@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from megatron_lite.config import to_dict
 from megatron_lite.files import atomic_write_json
 from regmix_search.config import SearchConfig
 from regmix_search.drivers import Driver
-from regmix_search.freshness import Stage, digest, read_json
+from regmix_search.freshness import Stage, digest, read_json, read_record
 from regmix_search.ledger import Kind, Ledger, Trial, replay
 from regmix_search.progress import Progress
 from regmix_search.repetition import exposure, proxy_shards
@@ -117,7 +115,7 @@ def proxies(search: Search) -> Stage:
     def make() -> str:
         with Driver(out / "drivers") as driver:
             ledger = train_planned(search, driver)
-            while rounds:
+            while rounds and not ledger.stopped:
                 from regmix_search.rounds import add_round
 
                 text, grown = add_round(search)
@@ -126,10 +124,13 @@ def proxies(search: Search) -> Stage:
                     break
                 ledger = train_planned(search, driver)
         done, total = ledger.finished.values(), len(ledger.trials)
+        stopped = f"; no more: {read_record(out / 'early.json')['stopped']}" if ledger.stopped else ""
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
-        return f"{len(done)} of {total} done, {sum(e['tokens'] for e in done):,} tokens{failed}"
+        return f"{len(done)} of {total} done, {sum(e['tokens'] for e in done):,} tokens{stopped}{failed}"
 
     inputs = {**fingerprint, "retries": config.proxies.retries}
+    if config.proxies.until_precise:  # what it means that the optimum is settled
+        inputs["until_precise"] = [dataclasses.asdict(config.fit), dataclasses.asdict(config.optimum)]
     if not rounds:
         inputs["mixtures"] = digest(out / "mixtures.csv", "mixtures")
         return Stage("proxies", inputs, (out / "trials.jsonl", out / "losses.csv"), make)
@@ -143,6 +144,7 @@ def proxies(search: Search) -> Stage:
 def train_planned(search: Search, driver: Driver) -> Ledger:
     """Trains what mixtures.csv asks for and is not finished, beside other drivers of the same ledger."""
     from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
+    from regmix_search.results import Results
 
     config, out, path = search.config, search.out, search.out / "trials.jsonl"
     ledger = Ledger(path, plan_trials(search), _fingerprint(search), config.proxies.retries, driver)
@@ -153,12 +155,13 @@ def train_planned(search: Search, driver: Driver) -> Ledger:
     shards, valid = str(proxy_shards(search).resolve()), _scored(search)
     function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"))
     pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
-    with Progress("proxies", search.stream) as progress, closing(run_trials(ledger, pool, progress)) as outcomes:
-        try:
-            for _ in outcomes:
-                _write_losses(out / "losses.csv", ledger, valid)
-        finally:
-            _write_losses(out / "losses.csv", ledger, valid)
+    with (
+        Progress("proxies", search.stream) as progress,
+        Results(search, ledger, valid, progress) as results,
+        closing(run_trials(ledger, pool, progress)) as outcomes,
+    ):
+        for _ in outcomes:
+            results.update()
     if not ledger.finished:
         raise ValueError(f"{path}: no proxy succeeded: {next(iter(ledger.failed.values()))}")
     return ledger
@@ -182,15 +185,6 @@ def _fingerprint(search: Search) -> dict[str, Any]:
 
 def _scored(search: Search) -> tuple[str, ...]:
     return tuple(name for name in search.inventory.valid if name != search.config.fit.target_test)
-
-
-def _write_losses(path: Path, ledger: Ledger, valid: Sequence[str]) -> None:
-    """What is finished so far: an interrupted search can be fitted too. One that joined leaves it to the leader."""
-    from regmix_search.tables import write_losses
-
-    done = dict(sorted(ledger.finished.items()))
-    if done and not ledger.driver.joined:
-        write_losses(path, list(done), {d: [event["losses"][d] for event in done.values()] for d in valid})
 
 
 def fit(search: Search) -> Stage:
