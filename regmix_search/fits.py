@@ -16,7 +16,7 @@ from regmix_search.choice import choose
 from regmix_search.goals import Goal, find_loss, parse_goal
 from regmix_search.space import FloatArray
 from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
-from regmix_search.tables import Runs
+from regmix_search.tables import Runs, some
 
 Target = str | Mapping[str, float] | Goal  # one loss, or several weighed together
 BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
@@ -116,7 +116,7 @@ def fit_targets(
     if not noise:
         warnings.append("no mixture was run twice: the noise of one run is unknown, and so is whether a gain is real")
     if runs.unfinished:
-        warnings.append(f"{len(runs.unfinished)} mixtures have no losses and were left out: {list(runs.unfinished)}")
+        warnings.append(f"{len(runs.unfinished)} mixtures have no losses and were left out: {some(runs.unfinished)}")
     return {
         "target": goal.to_json(),
         "n_train": len(train.index),

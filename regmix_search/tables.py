@@ -44,7 +44,7 @@ class Runs:
         wanted, rows = tuple(index), {name: row for row, name in enumerate(self.index)}
         if unknown := [i for i in wanted if i not in rows]:
             raise ValueError(
-                f"runs {_some(unknown)} have no finished losses; there are {len(self.index)} finished runs"
+                f"runs {some(unknown)} have no finished losses; there are {len(self.index)} finished runs"
             )
         picks = [rows[i] for i in wanted]
         losses = {target: values[picks] for target, values in self.losses.items()}
@@ -69,12 +69,12 @@ def read_runs(mixtures: str | Path, losses: str | Path, partial: bool = False) -
         raise ValueError(f"{mixtures} and {losses}: one has run ids (`run`), the other `index`; use the same in both")
     if unknown := [i for i in loss_index if i not in set(index)]:
         raise ValueError(
-            f"{losses}: index {_some(unknown)} is in no row of {mixtures}; do the two files belong together?"
+            f"{losses}: index {some(unknown)} is in no row of {mixtures}; do the two files belong together?"
         )
     unfinished = tuple(i for i in index if i not in rows)
     if unfinished and not partial:
         raise ValueError(
-            f"{losses}: no losses for index {_some(unfinished)} of {mixtures}; finish these runs or remove them"
+            f"{losses}: no losses for index {some(unfinished)} of {mixtures}; finish these runs or remove them"
         )
     done = [row for row, i in enumerate(index) if i in rows]
     picks = [rows[index[row]] for row in done]
@@ -179,7 +179,7 @@ def _read_table(path: Path, prefix: str) -> tuple[tuple[RunId, ...], list[str], 
     if not rows:
         raise ValueError(f"{path}: no rows")
     if twice := [i for i, count in Counter(index).items() if count > 1]:
-        raise ValueError(f"{path}: {key} {_some(twice)} appears more than once; keep one row of each")
+        raise ValueError(f"{path}: {key} {some(twice)} appears more than once; keep one row of each")
     return tuple(index), columns, np.array(rows, dtype=np.float64)
 
 
@@ -223,6 +223,7 @@ def _finite(place: str, column: str, text: str) -> float:
     return value
 
 
-def _some(index: Sequence[RunId]) -> str:
+def some(index: Sequence[RunId]) -> str:
+    """The first NAMED of them, and how many more."""
     more = f" and {len(index) - NAMED} more" if len(index) > NAMED else ""
     return ", ".join(map(str, index[:NAMED])) + more
