@@ -43,9 +43,7 @@ class Runs:
         """The runs with these indices, in the given order. Raises ValueError naming those that are not here."""
         wanted, rows = tuple(index), {name: row for row, name in enumerate(self.index)}
         if unknown := [i for i in wanted if i not in rows]:
-            raise ValueError(
-                f"runs {some(unknown)} have no finished losses; there are {len(self.index)} finished runs"
-            )
+            raise ValueError(f"runs {some(unknown)} have no finished losses; there are {len(self.index)} finished runs")
         picks = [rows[i] for i in wanted]
         losses = {target: values[picks] for target, values in self.losses.items()}
         return Runs(wanted, self.domains, self.weights[picks], losses, self.unfinished)
