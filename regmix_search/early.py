@@ -22,7 +22,7 @@ GROWTH = 1.3  # times the runs of the last fit until the next one: all fits toge
 PATIENCE = 2  # fits running that must find the optimum settled: one alone may be luck
 SURROGATES = ("effective", "effective_gp", "gp")  # a law, a process, both: a fit with its refits takes a second or two
 SHOWN = 4  # domains that a line names
-LOWEST = 19  # nice(1): proxies go first
+NICE = 10  # of nice(1): a tenth of a core that a proxy also wants; at 19 a fit of two seconds would take two minutes
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_fits(path: Path, identity: str | None = None) -> tuple[list[EarlyFit], 
 
 
 class EarlyFits:
-    """Fits in a process of its own, at the lowest priority, so that proxies do not wait for it; early.json has them."""
+    """Fits in a process of its own, at a low priority, so that proxies hardly wait for it; early.json has them."""
 
     def __init__(self, path: Path, space: Space, config: SearchConfig, trials: str) -> None:
         """trials: names the settings that the trials have in common."""
@@ -197,7 +197,7 @@ def _serve(pipe: Connection, runs: Runs, space: Space, config: SearchConfig, las
     from threadpoolctl import threadpool_limits
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
-    os.nice(LOWEST)
+    os.nice(NICE)
     try:
         with threadpool_limits(1):
             pipe.send(fit_early(runs, space, config, last))
