@@ -64,13 +64,37 @@ class MixturesConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """What sbatch is told about a task of a job array; read when proxies.executor is slurm."""
+
+    partition: str | None = None  # null: the cluster's default
+    account: str | None = None  # null: yours
+    time: str | None = None  # limit of a task as sbatch takes it, e.g. 2:00:00; null: the partition's
+    mem: str | None = None  # memory of a task, e.g. 8G; null: the cluster's default
+    gpus: int = 0  # GPUs of a task, proxies.per_gpu proxies on each; 0: one proxy on its CPUs
+    chunk: int = 1  # proxies that one task trains; more for short ones, which a queue would hold up
+    options: tuple[str, ...] = ()  # further options of sbatch, e.g. --constraint=a100
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Where Ray is; read when proxies.executor is ray."""
+
+    address: str | None = None  # a cluster's, or auto; null: $RAY_ADDRESS, or Ray is started on this machine
+
+
+@dataclass(frozen=True)
 class ProxiesConfig:
     """How proxies are run; nothing here changes their losses."""
 
-    workers: int = 0  # proxies at a time; 0: one a core
+    executor: Literal["local", "slurm", "ray"] = "local"  # processes of this machine | job arrays | a Ray cluster
+    workers: int = 0  # proxies at a time; 0: one a core or per_gpu a GPU; slurm, ray: as many as the cluster runs
     threads: int = 1  # CPU threads of one proxy
+    per_gpu: int = 1  # proxies that share a GPU, where there are GPUs
     retries: int = 2  # further tries after a crash; a diverged proxy is never tried again
     until_precise: bool = False  # start no more when the optimum moves less than its uncertainty and a run's noise
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # executor slurm
+    ray: RayConfig = field(default_factory=RayConfig)  # executor ray
 
 
 @dataclass(frozen=True)
@@ -171,6 +195,9 @@ def _check(config: SearchConfig, where: str) -> None:
         ("mixtures.max_epochs", mixtures.max_epochs, 1e-6, math.inf),
         ("proxies.workers", proxies.workers, 0, math.inf),
         ("proxies.threads", proxies.threads, 1, math.inf),
+        ("proxies.per_gpu", proxies.per_gpu, 1, math.inf),
+        ("proxies.slurm.gpus", proxies.slurm.gpus, 0, math.inf),
+        ("proxies.slurm.chunk", proxies.slurm.chunk, 1, math.inf),
         ("proxies.retries", proxies.retries, 0, math.inf),
         ("fit.folds", config.fit.folds, 2, mixtures.count),
         ("optimum.kl", config.optimum.kl, 0, math.inf),

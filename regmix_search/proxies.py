@@ -1,66 +1,28 @@
-"""Runs the ledger's trials: a proxy is one ordinary training run, in a pool of single-threaded local processes."""
+"""Runs the ledger's trials: a proxy is one ordinary training run, and an executor says where it runs."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_lite.config import Config
+from megatron_lite.config import Config, dump, load_config
+from megatron_lite.files import atomic_write, atomic_write_json
+from regmix_search.config import ProxiesConfig
+from regmix_search.executors import Executor, Outcome
+from regmix_search.executors.local import LocalPool, visible_gpus
 from regmix_search.ledger import Ledger, Trial
 from regmix_search.progress import Progress
 
-# What a trial returns: {"losses": {domain: nats}, "tokens": int, ...}, all of it JSON. Runs in a worker process.
-TrialFunction = Callable[[Trial], dict[str, Any]]
-
-# A diverged model and a mistake in settings or data: a second try would end the same.
-NOT_RETRIED = (FloatingPointError, ValueError)
 # As many failures for good in a row as this, divergence apart, are one mistake and not bad luck: the search stops.
 HOPELESS = 3
-TRACEBACK_CHARS = 2000  # of a failure that the ledger keeps, from the end
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one try of a trial: a result, or the reason why there is none."""
-
-    trial: Trial
-    result: dict[str, Any] | None
-    reason: str = ""
-    retry: bool = False  # whether another try could end differently
-    seconds: float = 0.0
-    traceback: str = ""
-
-
-class Executor(Protocol):
-    """Where trials run. The local pool is one; a cluster's queue can be another."""
-
-    def free(self) -> int:
-        """How many trials may be submitted now."""
-
-    def submit(self, trial: Trial) -> None:
-        """Starts a trial; only when ``free()``."""
-
-    def wait(self, timeout: float) -> list[Outcome]:
-        """Trials that ended, after at most ``timeout`` seconds; every submitted trial comes back exactly once."""
-
-    def close(self) -> None:
-        """Ends everything that still runs."""
 
 
 @dataclass(frozen=True)
@@ -88,84 +50,41 @@ class ProxyTraining:
         facts = {"tokens": result.tokens, "seconds": result.seconds, "flops": result.flops, "run_dir": run_folder}
         return {"losses": dict(result.losses), "bpb": dict(result.bpb), **facts}
 
+    def save(self, folder: Path) -> None:
+        """Writes everything about it into a folder, for a process on another machine."""
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "proxy.yaml", dump(self.config))
+        facts = {"data_dir": self.data_dir, "valid": self.valid, "runs_dir": self.runs_dir}
+        atomic_write_json(folder / "proxy.json", facts)
 
-@dataclass
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
-    trial: Trial | None = None
-    started: float = 0.0
+    @classmethod
+    def load(cls, folder: Path) -> ProxyTraining:
+        """What ``save`` wrote."""
+        facts = json.loads((folder / "proxy.json").read_text(encoding="utf-8"))
+        config = load_config(Config, folder / "proxy.yaml")
+        return cls(config, facts["data_dir"], tuple(facts["valid"]), facts["runs_dir"])
 
 
-class LocalPool:
-    """Runs trials in ``workers`` processes of this machine; each serves many trials, so torch is imported once.
+def build_executor(
+    function: ProxyTraining, config: ProxiesConfig, workers: int, threads: int, folder: Path, heartbeat: Path
+) -> Executor:
+    """The executor that the config names. ``workers``: proxies at a time, 0: as many as fit; ``threads``: of each.
 
-    A worker that dies (segfault, kill -9, out of memory) costs its own trial's try and is replaced. Workers ignore
-    Ctrl-C (the driver decides) and end themselves when the driver is gone, however it went.
+    ``folder``: the search's, on a file system that all machines see; ``heartbeat``: touched while this driver lives.
     """
+    if config.executor == "slurm":
+        from regmix_search.executors.slurm import SlurmQueue
 
-    def __init__(self, function: TrialFunction, workers: int, threads: int = 1) -> None:
-        self.function, self.size, self.threads = function, workers, threads
-        self.context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in unknown state
-        self.workers: list[_Worker] = []
+        function.save(folder / "slurm")
+        command = (sys.executable, "-m", "regmix_search.executors.task", str((folder / "slurm").resolve()))
+        return SlurmQueue(command, folder / "slurm", config.slurm, workers, threads, config.per_gpu, heartbeat)
+    if config.executor == "ray":
+        from regmix_search.executors.ray_tasks import RayTasks
 
-    def free(self) -> int:
-        """Workers without a trial, started or not."""
-        return self.size - sum(worker.trial is not None for worker in self.workers)
-
-    def submit(self, trial: Trial) -> None:
-        """Hands a trial to an idle worker, starting one if need be."""
-        assert self.free(), "submit() without a free worker"
-        worker = next((w for w in self.workers if w.trial is None and w.process.is_alive()), None) or self._start()
-        worker.trial, worker.started = trial, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died just now: wait() will see that
-            worker.pipe.send(trial)
-
-    def wait(self, timeout: float) -> list[Outcome]:
-        """Trials that ended, after at most ``timeout`` seconds."""
-        busy = [worker for worker in self.workers if worker.trial is not None]
-        signs: list[Any] = [worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy]
-        multiprocessing.connection.wait(signs, timeout)
-        outcomes = [outcome for worker in busy if (outcome := self._collect(worker)) is not None]
-        self.workers = [worker for worker in self.workers if worker.process.is_alive() or worker.trial is not None]
-        return outcomes
-
-    def close(self) -> None:
-        """Kills every worker. Nothing is lost: a result that was not collected is a trial to run again."""
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.join()
-            worker.pipe.close()
-        self.workers = []
-
-    def _start(self) -> _Worker:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(
-            target=_serve, args=(theirs, self.function, self.threads), daemon=True, name="proxy"
-        )
-        process.start()
-        theirs.close()  # so that the pipe ends when the worker does
-        worker = _Worker(process, ours)
-        self.workers.append(worker)
-        return worker
-
-    def _collect(self, worker: _Worker) -> Outcome | None:
-        """The outcome of a worker's trial, None while it runs."""
-        assert worker.trial is not None
-        trial, seconds = worker.trial, time.monotonic() - worker.started
-        try:
-            if worker.pipe.poll():
-                outcome = Outcome(trial, seconds=seconds, **worker.pipe.recv())
-            elif worker.process.is_alive():
-                return None
-            else:
-                raise EOFError
-        except (EOFError, OSError):
-            worker.process.join(5)  # seconds; its end of the pipe is closed, so it is going
-            outcome = Outcome(trial, None, _cause_of_death(worker.process.exitcode), retry=True, seconds=seconds)
-        worker.trial = None
-        return outcome
+        return RayTasks(function, workers, threads, config.per_gpu, config.ray.address)
+    gpus = visible_gpus()
+    fitting = len(gpus) * config.per_gpu or max(1, len(os.sched_getaffinity(0)) // threads)
+    return LocalPool(function, workers or fitting, threads, gpus)
 
 
 def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Generator[Outcome]:
@@ -178,9 +97,7 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Genera
     tokens = streak = 0
     try:
         _submit_waiting(ledger, executor)
-        while ledger.counts.running or (
-            ledger.counts.waiting and not ledger.stopped
-        ):  # other drivers' too: they may die
+        while ledger.counts.running or (ledger.counts.waiting and not ledger.stopped):  # also others': they may die
             progress.update(ledger.counts, tokens)
             outcomes = executor.wait(timeout=0.5)
             for outcome in outcomes:
@@ -217,45 +134,3 @@ def _record(ledger: Ledger, outcome: Outcome, progress: Progress) -> int:
     again = ledger.fail(trial, outcome.reason, outcome.retry, **facts)
     progress.say(f"proxy {trial.name} failed: {outcome.reason}; {'it will be tried again' if again else 'given up'}")
     return 0
-
-
-def _serve(pipe: Connection, function: TrialFunction, threads: int) -> None:
-    """A worker: trials in, outcomes out, until the driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)  # read when torch and numpy are first imported, which is later
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    for trial in _received(pipe):
-        pipe.send(_attempt(function, trial))
-
-
-def _received(pipe: Connection) -> Iterator[Trial]:
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            yield pipe.recv()
-
-
-def _attempt(function: TrialFunction, trial: Trial) -> dict[str, Any]:
-    """Calls the function; the fields of an Outcome that only the worker knows."""
-    try:
-        return {"result": function(trial)}
-    except Exception as error:  # whatever it is, it belongs into the ledger and must not end the search
-        text = f"{type(error).__name__}: {error}"
-        retry = not isinstance(error, NOT_RETRIED)
-        return {"result": None, "reason": text, "retry": retry, "traceback": traceback.format_exc()[-TRACEBACK_CHARS:]}
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "workers are started by multiprocessing"
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _cause_of_death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        with contextlib.suppress(ValueError):
-            hint = " (often: out of memory)" if exitcode == -signal.SIGKILL and sys.platform == "linux" else ""
-            return f"worker killed by {signal.Signals(-exitcode).name}{hint}"
-    return f"worker died with exit code {exitcode}"

@@ -143,7 +143,7 @@ def proxies(search: Search) -> Stage:
 
 def train_planned(search: Search, driver: Driver) -> Ledger:
     """Trains what mixtures.csv asks for and is not finished, beside other drivers of the same ledger."""
-    from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
+    from regmix_search.proxies import ProxyTraining, build_executor, run_trials
     from regmix_search.results import Results
 
     config, out, path = search.config, search.out, search.out / "trials.jsonl"
@@ -154,11 +154,12 @@ def train_planned(search: Search, driver: Driver) -> Ledger:
     proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
     shards, valid = str(proxy_shards(search).resolve()), _scored(search)
     function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"))
-    pool = LocalPool(function, search.workers(config.proxies.workers), config.proxies.threads)
+    how = config.proxies
+    executor = build_executor(function, how, how.workers, how.threads, out, driver.path)
     with (
         Progress("proxies", search.stream) as progress,
         Results(search, ledger, valid, progress) as results,
-        closing(run_trials(ledger, pool, progress)) as outcomes,
+        closing(run_trials(ledger, executor, progress)) as outcomes,
     ):
         for _ in outcomes:
             results.update()

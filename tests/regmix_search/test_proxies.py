@@ -14,35 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Scripted
 
+from regmix_search.executors.local import LocalPool
 from regmix_search.ledger import Counts, Ledger, Trial, replay
 from regmix_search.progress import Progress
-from regmix_search.proxies import LocalPool, run_trials
-
-
-@dataclass(frozen=True)
-class Scripted:
-    """A trial function that does what its table says on the first try, and succeeds on the next."""
-
-    folder: str
-    first: dict[int, str]
-
-    def __call__(self, trial: Trial) -> dict[str, Any]:
-        mark = Path(self.folder) / f"tried{trial.index}"
-        action = self.first.get(trial.index, "") if not mark.exists() else ""
-        mark.write_text(str(os.getpid()))
-        if action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if action == "exit":
-            os._exit(3)
-        if action == "nan":
-            raise FloatingPointError("step 3: the gradient norm is nan")
-        if action == "oserror":
-            raise OSError("disk went away")
-        if action == "hang":
-            time.sleep(600)
-        facts = {"tokens": 10, "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
-        return {"losses": {"readme": 1.0 + trial.index}, "worker": facts, "tokens": 10}
+from regmix_search.proxies import run_trials
 
 
 def always_nan(trial: Trial) -> dict[str, Any]:

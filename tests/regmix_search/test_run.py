@@ -23,9 +23,10 @@ from test_proxies import assert_dead
 from megatron_lite.files import folder_lock
 from regmix_search import run as cli
 from regmix_search.config import load_search
+from regmix_search.executors.local import LocalPool
 from regmix_search.ledger import Ledger, Trial, replay
 from regmix_search.progress import Progress
-from regmix_search.proxies import LocalPool, ProxyTraining, run_trials
+from regmix_search.proxies import ProxyTraining, run_trials
 from regmix_search.search import Search
 from regmix_search.stages import plan_trials, settings
 

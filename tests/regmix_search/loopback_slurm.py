@@ -1,0 +1,103 @@
+"""A Slurm of one node on loopback, for tests: munged, slurmctld and slurmd with everything of theirs in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld}
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SlurmUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=0
+SlurmdParameters=config_overrides
+JobRequeue=1
+KillWait=2
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 Port={slurmd} CPUs=4 RealMemory=8000
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str:
+    """Why no Slurm can be started here; empty when it can."""
+    missing = [program for program in PROGRAMS if _find(program) is None]
+    if missing:
+        return f"no {', '.join(missing)} here (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "slurmd needs root"
+
+
+@contextlib.contextmanager
+def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """Starts a cluster; gives the environment in which sbatch and squeue reach it, and stops it in the end."""
+    ctld, slurmd = _free_ports(2)
+    (folder / "state").mkdir(parents=True)
+    config = CONFIG.format(folder=folder, ctld=ctld, slurmd=slurmd, host=socket.gethostname().split(".")[0])
+    (folder / "slurm.conf").write_text(config)
+    (folder / "munge.key").write_bytes(secrets.token_bytes(64))
+    (folder / "munge.key").chmod(0o400)
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    options = [f"--{option}={folder}/munge.{ending}" for option, ending in files.items()]
+    commands = [["munged", "--foreground", "--force", *options], ["slurmctld", "-D"], ["slurmd", "-D"]]
+    daemons = []
+    try:
+        for name, *arguments in commands:
+            log = (folder / f"{name}.out").open("wb")
+            daemons.append(subprocess.Popen([_find(name) or name, *arguments], env=environment, stdout=log, stderr=log))
+        _wait_until_idle(environment, folder)
+        yield environment
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in reversed(daemons):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(10)
+            daemon.kill()
+
+
+def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
+    end = time.monotonic() + 60
+    while True:
+        sinfo = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True)
+        if sinfo.stdout.strip() == "idle":
+            return
+        if time.monotonic() > end:
+            logs = "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in folder.glob("*.log"))
+            raise RuntimeError(f"slurm did not start: {sinfo.stdout}{sinfo.stderr}\n{logs}")
+        time.sleep(0.2)
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -1,0 +1,272 @@
+"""What every executor promises: the local pool, Slurm (a real one, on loopback) and Ray (a real one, local)."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback_slurm import slurm_cluster, why_not
+from scripted import Scripted
+
+from regmix_search.config import SlurmConfig
+from regmix_search.executors import Executor, Outcome
+from regmix_search.executors.local import LocalPool, visible_gpus
+from regmix_search.executors.slurm import SlurmQueue
+from regmix_search.ledger import Ledger, Trial
+from regmix_search.progress import Progress
+from regmix_search.proxies import run_trials
+
+Build = Callable[..., Executor]  # (folder, first, **settings) -> executor
+SCRIPT = str(Path(__file__).with_name("scripted.py"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if reason := why_not():
+        pytest.skip(reason)
+    before = dict(os.environ)
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as environment:
+        os.environ.update(environment)
+        yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def slurm_queue(folder: Path, first: dict[int, str], **settings: Any) -> SlurmQueue:
+    config = {key: settings.pop(key) for key in ("chunk", "options") if key in settings}
+    command = (sys.executable, SCRIPT, str(folder), json.dumps(first))
+    settings = {"workers": 2, "ask": 0.3, "settle": 1.0, **settings}
+    return SlurmQueue(command, folder / "slurm", SlurmConfig(**config), **settings)
+
+
+def ray_tasks(folder: Path, first: dict[int, str]) -> Executor:
+    from regmix_search.executors.ray_tasks import RayTasks
+
+    return RayTasks(Scripted(str(folder), first), workers=2)
+
+
+def local_pool(folder: Path, first: dict[int, str]) -> Executor:
+    return LocalPool(Scripted(str(folder), first), 2)
+
+
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("slurm", marks=pytest.mark.slow),
+        pytest.param("ray", marks=pytest.mark.slow),
+    ]
+)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Build:
+    if request.param == "slurm":
+        request.getfixturevalue("slurm")
+    if request.param == "ray":
+        if importlib.util.find_spec("ray") is None:
+            pytest.skip("Ray is not installed: pip install ray")
+        monkeypatch.setenv("PYTHONPATH", f"{Path(SCRIPT).parent}:{Path(SCRIPT).parents[2]}")  # of Ray's workers
+    return {"local": local_pool, "slurm": slurm_queue, "ray": ray_tasks}[request.param]
+
+
+def trials(count: int) -> list[Trial]:
+    return [Trial(i, "train", {"a": 1.0}, seed=0) for i in range(count)]
+
+
+def run(executor: Executor, count: int, timeout: float = 60.0) -> list[Outcome]:
+    """Submits trials as there is room, and waits for as many outcomes."""
+    waiting, outcomes, end = trials(count), list[Outcome](), time.monotonic() + timeout
+    while len(outcomes) < count:
+        while waiting and executor.free() > 0:
+            executor.submit(waiting.pop(0))
+        outcomes += executor.wait(0.5)
+        assert time.monotonic() < end, f"only {len(outcomes)} of {count} outcomes in {timeout} s"
+    return outcomes + executor.wait(0.5)
+
+
+def test_every_trial_comes_back_once_with_its_result_or_its_reason(build, tmp_path):
+    with closing(build(tmp_path, {1: "nan", 2: "kill", 3: "mistake", 4: "oserror"})) as executor:
+        found = run(executor, 7)
+    outcomes = {outcome.trial.index: outcome for outcome in found}
+    assert sorted(outcome.trial.index for outcome in found) == list(range(7))
+    for i in (0, 5, 6):
+        assert outcomes[i].result is not None and outcomes[i].result["losses"] == {"readme": 1.0 + i}
+        assert outcomes[i].result["worker"]["threads"] == "1" and outcomes[i].trial == trials(7)[i]
+    assert outcomes[1].reason == "FloatingPointError: step 3: the gradient norm is nan" and not outcomes[1].retry
+    assert outcomes[3].reason == "ValueError: shards: no train_* shards" and not outcomes[3].retry
+    assert outcomes[4].reason == "OSError: disk went away" and outcomes[4].retry
+    assert "disk went away" in outcomes[4].traceback
+    assert outcomes[2].result is None and outcomes[2].retry and outcomes[2].reason, "a killed worker is worth a retry"
+
+
+def test_a_worker_killed_in_the_middle_costs_a_try_and_no_more(build, tmp_path):
+    ledger = Ledger(tmp_path / "trials.jsonl", trials(4), {})
+    killed = False
+    with closing(run_trials(ledger, build(tmp_path, {1: "hang"}), Progress("proxies", io.StringIO()))) as outcomes:
+        for _ in outcomes:
+            if not killed:
+                wait_for(lambda: (tmp_path / "tried1").exists())
+                os.kill(int((tmp_path / "tried1").read_text()), signal.SIGKILL)
+                killed = True
+    assert ledger.counts.finished == 4 and ledger.failed == {}
+    assert [len(ledger.failures.get(i, ())) for i in range(4)] == [0, 1, 0, 0]
+
+
+def test_closing_ends_what_runs(build, tmp_path):
+    executor = build(tmp_path, {0: "hang", 1: "hang"})
+    for trial in trials(2):
+        executor.submit(trial)
+    end = time.monotonic() + 60
+    while not all((tmp_path / f"tried{i}").exists() for i in range(2)):
+        assert executor.wait(0.2) == [] and time.monotonic() < end
+    time.sleep(0.2)
+    executor.close()
+    for i in range(2):
+        assert_dead(int((tmp_path / f"tried{i}").read_text()))
+
+
+def test_room_is_what_may_be_submitted(build, tmp_path):
+    with closing(build(tmp_path, {0: "hang"})) as executor:
+        free = executor.free()
+        executor.submit(trials(1)[0])
+        assert executor.free() == free - 1 >= 1
+
+
+@pytest.mark.slow
+def test_a_requeued_task_comes_back_once(slurm, tmp_path):
+    """As Slurm does with a preempted task: it is killed, put back, and started again."""
+    with closing(slurm_queue(tmp_path, {0: "hang"}, chunk=2)) as executor:
+        for trial in trials(2):
+            executor.submit(trial)
+        executor.wait(0.1)
+        wait_for(lambda: (tmp_path / "tried0").exists())
+        (name,) = executor.tasks
+        subprocess.run(["scontrol", "requeue", name], check=True)
+        outcomes, end = [], time.monotonic() + 60
+        while len(outcomes) < 2:
+            outcomes += executor.wait(0.5)
+            assert time.monotonic() < end
+    assert Counter(outcome.trial.index for outcome in outcomes) == {0: 1, 1: 1}
+    assert all(outcome.result is not None for outcome in outcomes), "a requeued task is not a failure"
+    assert "trial 1: done" in next((tmp_path / "slurm").glob("*/t0001.log")).read_text()
+
+
+@pytest.mark.slow
+def test_a_cancelled_task_comes_back_as_a_retry_with_its_state_and_log(slurm, tmp_path):
+    with closing(slurm_queue(tmp_path, {0: "hang"})) as executor:
+        executor.submit(trials(1)[0])
+        executor.wait(0.1)
+        wait_for(lambda: (tmp_path / "tried0").exists())
+        subprocess.run(["scancel", *executor.tasks], check=True)
+        (outcome,) = run_on(executor)
+    assert outcome.retry and "(cancelled)" in outcome.reason and "CANCELLED" in outcome.reason, outcome.reason
+
+
+@pytest.mark.slow
+def test_tasks_end_when_their_driver_is_gone(slurm, tmp_path):
+    heartbeat = tmp_path / "driver"
+    heartbeat.touch()
+    executor = slurm_queue(tmp_path, {0: "hang"}, heartbeat=heartbeat)
+    executor.submit(trials(1)[0])
+    executor.wait(0.1)
+    wait_for(lambda: (tmp_path / "tried0").exists())
+    heartbeat.unlink()
+    assert_dead(int((tmp_path / "tried0").read_text()))
+    (outcome,) = run_on(executor)
+    assert "the driver is gone" in outcome.reason
+
+
+@pytest.mark.slow
+def test_what_sbatch_refuses_is_the_users_mistake(slurm, tmp_path):
+    executor = slurm_queue(tmp_path, {}, options=("--partition=nowhere",))
+    executor.submit(trials(1)[0])
+    with pytest.raises(ValueError, match=r"sbatch refused the proxies: .*partition"):
+        executor.wait(0.1)
+
+
+def test_without_slurm_or_ray_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    executor = slurm_queue(tmp_path, {})
+    executor.submit(trials(1)[0])
+    with pytest.raises(ValueError, match="there is no sbatch here"):
+        executor.wait(0.1)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron_lite\[ray\]'"):
+        ray_tasks(tmp_path, {})
+
+
+def test_a_controller_that_does_not_answer_says_nothing_about_the_tasks(tmp_path, monkeypatch):
+    """A fake Slurm, scripted: sbatch takes the array, then squeue fails, then knows nothing of it."""
+    (tmp_path / "bin").mkdir()
+    answers = {"sbatch": "echo 7", "squeue": f"cat {tmp_path}/states", "scancel": "true"}
+    for program, line in answers.items():
+        (tmp_path / "bin" / program).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    executor = slurm_queue(tmp_path, {}, ask=0.0, settle=0.5)
+    executor.submit(trials(1)[0])
+    assert executor.wait(1.0) == [], "squeue fails: the task may well be running"
+    (tmp_path / "states").write_text("7_0 PREEMPTED\n")
+    assert executor.wait(0.3) == [], "its files may not be seen yet, or it may be requeued"
+    (tmp_path / "states").write_text("7_0 PENDING\n")
+    assert executor.wait(0.8) == [], "it was requeued"
+    (tmp_path / "states").write_text("")
+    (outcome,) = run_on(executor)
+    assert outcome.retry and "7_0 ended without a result (gone)" in outcome.reason
+
+
+def test_workers_are_dealt_to_gpus_in_turn_and_a_new_one_takes_the_place_of_a_dead_one(tmp_path, monkeypatch):
+    pool = LocalPool(see_gpu, 4, gpus=("2", "GPU-5"))
+    with closing(pool):
+        for trial in trials(4):
+            pool.submit(trial)
+        seen = {outcome.trial.index: outcome.result["gpu"] for outcome in run_on(pool, 4)}  # type: ignore[index]
+        assert seen == {0: "2", 1: "GPU-5", 2: "2", 3: "GPU-5"}
+        pool.workers[1].process.kill()
+        pool.workers[1].process.join()
+        for trial in trials(4):
+            pool.submit(trial)
+        again = Counter(outcome.result["gpu"] for outcome in run_on(pool, 4))  # type: ignore[index]
+        assert again == {"2": 2, "GPU-5": 2}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert visible_gpus() == ("1", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_gpus() == ()
+
+
+def see_gpu(trial: Trial) -> dict[str, Any]:
+    return {"losses": {}, "gpu": os.environ["CUDA_VISIBLE_DEVICES"]}
+
+
+def run_on(executor: Executor, count: int = 1) -> list[Outcome]:
+    outcomes, end = list[Outcome](), time.monotonic() + 60
+    while len(outcomes) < count:
+        outcomes += executor.wait(0.2)
+        assert time.monotonic() < end
+    return outcomes
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+def assert_dead(pid: int) -> None:
+    def gone() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    wait_for(gone, 20)
