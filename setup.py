@@ -35,6 +35,7 @@ EXTRAS = {
     "fast": ["gigatoken"],  # tokenising 40 to 100 times faster, with the same ids or not at all
     "tiktoken": ["tiktoken"],
     "flash": ["flash-attn"],
+    "ray": ["ray"],  # proxies.executor=ray
     "eval": ["lm_eval"],
     "bench": ["megatron-core", "transformers", "litgpt", "gigatoken"],
     "dev": [

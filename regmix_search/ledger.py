@@ -130,7 +130,6 @@ class Ledger:
         failures = self.state.failures if self.state.finished else {}
         self.state.failures = {index: [*filter(_still_counts, events)] for index, events in failures.items()}
         self.failures, self.torn_lines = self.state.failures, self.state.torn_lines
-        self.stopped = False  # no further trial is handed out; those that run may end
 
     def refresh(self, whole: bool = False) -> list[bytes]:
         """Reads what was appended since, by this driver and others. ``whole`` is for whoever holds the lock."""
