@@ -5,7 +5,8 @@
 Every choice is made on training rows: which surrogate by nested cross-validation, which runs by a design that sees no
 loss. Test rows only score. Subsets are drawn by seeds 0 to 4, figures are means over them. The peer is RegMix's
 LightGBM as in its paper, fitted to all 512 runs in the same process: for the optimum its simulation, for fit_auto its
-13 fits. Rows without .1M or .60M are the mean of both. The runs are in $MEGATRON_LITE_SHARED/data/regmix, or
+13 fits. Rows without .1M or .60M are the mean of both. `transfer` is scales.py's; its row 1B needs RegMix's
+test_mixture_1B.csv and test_pile_loss_1B.csv beside the others. The runs are in $MEGATRON_LITE_SHARED/data/regmix, or
 ../shared; it takes some four minutes.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import lightgbm
 import numpy as np
 
+from benchmarks.scales import large_rows, transfer_rows
 from benchmarks.table import Row, cost_row, parse_args, print_rows, rate_row
 from regmix_search.choice import choose
 from regmix_search.designs import law_optimal, maximin
@@ -51,10 +53,20 @@ Predict = Callable[[FloatArray], FloatArray]
 
 
 def published(name: str, size: str) -> Runs:
-    """RegMix's runs: name train or test, size 1m or 60m. ValueError where they are not."""
-    root = os.environ.get("MEGATRON_LITE_SHARED") or Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(root) / "data" / "regmix"
+    """RegMix's runs: name train or test, size 1m, 60m or 1B. ValueError where they are not."""
+    folder = published_folder()
     return read_runs(folder / f"{name}_mixture_{size}.csv", folder / f"{name}_pile_loss_{size}.csv")
+
+
+def published_folder() -> Path:
+    """Where RegMix's runs are."""
+    root = os.environ.get("MEGATRON_LITE_SHARED") or Path(__file__).resolve().parents[2] / "shared"
+    return Path(root) / "data" / "regmix"
+
+
+def has_large() -> bool:
+    """Are RegMix's 64 1B runs there too?"""
+    return (published_folder() / "test_pile_loss_1B.csv").is_file()
 
 
 def fit_regmix(runs: Runs, target: str = TARGET) -> Predict:
@@ -179,7 +191,10 @@ def run() -> list[Row]:
     """Every row of the table."""
     train, tests = published("train", "1m"), {"1M": published("test", "1m"), "60M": published("test", "60m")}
     adaptive = adaptive_row(join(train, tests["1M"]))
-    return [*correlations(train, tests), adaptive, *optima(train), auto_row(train)]
+    moved = transfer_rows(train, tests["60M"], SEEDS)
+    if has_large():
+        moved += large_rows(train, tests["60M"], published("test", "1B"), TARGET)
+    return [*correlations(train, tests), adaptive, *optima(train), auto_row(train), *moved]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

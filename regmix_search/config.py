@@ -122,6 +122,16 @@ class OptimumConfig:
 
 
 @dataclass(frozen=True)
+class ScalesConfig:
+    """Runs of other sizes, to see whether what small proxies say holds for larger models."""
+
+    runs: tuple[
+        str, ...
+    ] = ()  # NAME=PARAMS,TOKENS,MIXTURES.csv,LOSSES.csv | NAME=PARAMS,TOKENS,trials.jsonl | NAME=FOLDER
+    target: str | None = None  # PARAMS,TOKENS to predict for; null: train.main (of tables alone: the largest size)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The models trained on the result and on its controls."""
 
@@ -148,7 +158,8 @@ class SearchConfig:
     proxy: Config = field(default_factory=Config)  # stage 5: what one is, an ordinary training run
     fit: FitConfig = field(default_factory=FitConfig)  # stages 6 and 7
     optimum: OptimumConfig = field(default_factory=OptimumConfig)  # stage 7
-    train: TrainConfig = field(default_factory=TrainConfig)  # stage 8
+    scales: ScalesConfig = field(default_factory=ScalesConfig)  # stage 8, with runs of other sizes alone
+    train: TrainConfig = field(default_factory=TrainConfig)  # stage 9
 
     @property
     def run_dir(self) -> Path:

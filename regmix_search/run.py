@@ -7,10 +7,12 @@
     python -m regmix_search.run --stage status --out runs/demo
     python -m regmix_search.run --stage fit --mixtures M.csv --losses L.csv --target pile_cc --out DIR --json
     python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target mean --out DIR
+    python -m regmix_search.run --stage scales --scale 1M=1.3e6,1e9,M1.csv,L1.csv --scale 60M=59e6,1e9,M2.csv,L2.csv \
+        --target-scale 1.1e9,26e9 --target pile_cc --out DIR
 
 Every stage may be interrupted and run again: what is finished is never repeated, and a stage whose inputs have not
-changed does nothing. The last two forms need no training and no shards: they work from RegMix's two CSV files, Olmix's
-ratios.csv and metrics.csv, or another search's trials.jsonl.
+changed does nothing. The last three forms need no training and no shards: they work from RegMix's two CSV files,
+Olmix's ratios.csv and metrics.csv, or another search's trials.jsonl.
 
 Exit codes: 0 done, 2 a mistake in settings or data, 130 interrupted (the same command goes on from there).
 """
@@ -46,7 +48,7 @@ TABLES = (
         "a search's space.json, {tokens: {domain: n}, target_tokens: n}, or a mixture.yaml: the prior",
     ),
 )
-ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "train", "report")
+ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "scales", "train", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     short.add_argument("--surrogate", metavar="NAME", help="fit.surrogates: one name, or auto to choose among all")
     short.add_argument("--until-precise", action="store_true", help="proxies.until_precise: stop when it is settled")
     short.add_argument("--seed", metavar="S", type=int, help="seed")
+    short.add_argument("--scale", metavar="NAME=...", action="append", help="scales.runs, one of them; repeatable")
+    short.add_argument("--target-scale", metavar="PARAMS,TOKENS", help="scales.target")
     short.add_argument("--out", metavar="DIR", help="out_dir, the search's folder")
     return parser
 
@@ -79,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 def read_config(args: argparse.Namespace) -> SearchConfig:
     """--config or --preset, then --set, then the flags that are short for a key."""
     flags = {"out_dir": args.out, "fit.target": args.target, "seed": args.seed}
-    flags["proxies.until_precise"] = args.until_precise or None
+    flags |= {"proxies.until_precise": args.until_precise or None}
+    flags |= {"scales.runs": args.scale, "scales.target": args.target_scale}
     if args.surrogate is not None:
         flags["fit.surrogates"] = [] if args.surrogate == "auto" else [args.surrogate]
     overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
@@ -152,6 +157,12 @@ def _run(search: Search, args: argparse.Namespace) -> int:
 
 def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
     """What the command line asks for, in order."""
+    if args.stage == "scales" and not args.mixtures:
+        if not search.config.scales.runs:
+            raise ValueError("--stage scales: name runs of other sizes with --scale NAME=... or scales.runs")
+        if not (args.out or args.config):
+            raise ValueError("--scale: name a folder for the results with --out DIR")
+        return [lambda: _scales(search, args.space)]
     if args.mixtures or args.losses or args.space or args.test_mixtures or args.test_losses or args.limit is not None:
         return _table_builders(search, args)
     build: dict[str, Callable[[Search], Stage | None]] = {
@@ -162,11 +173,18 @@ def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Sta
         "proxies": stages.proxies,
         "fit": stages.fit,
         "optimize": stages.optimize,
+        "scales": _scales,
         "train": retrain.train,
         "report": stages.report,
     }
     names = ORDER if args.stage == "all" else (args.stage,)
     return [lambda name=name: build[name](search) for name in names]  # type: ignore[misc]
+
+
+def _scales(search: Search, space: Path | None = None) -> Stage | None:
+    from regmix_search.scale_stage import scales  # numpy: --help starts without it
+
+    return scales(search, space)
 
 
 def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
@@ -190,7 +208,7 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
 
 
 def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    """What --json prints: about a fit from tables its scores, about an optimum all of optimum.json and the scores."""
+    """What --json prints: about a fit from tables its scores, about an optimum or scales all of their files."""
     done = [{"stage": o.stage, "ran": o.ran, "seconds": round(o.seconds, 3), "summary": o.summary} for o in outcomes]
     made = {name: str(search.out / name) for name in ("mixture.yaml", "optimum.json", "fit.json", "report.html")}
     files = {name: path for name, path in made.items() if Path(path).is_file()}
@@ -199,6 +217,8 @@ def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], 
         if args.stage == "fit":
             return {**scores, "files": files}
         return {**read_json(search.out / "optimum.json"), "fit": scores, "seconds": seconds, "files": files}
+    if args.stage == "scales":
+        return {**read_json(search.out / "scales.json"), "seconds": seconds}
     return {"name": search.config.name, "out_dir": str(search.out), "seconds": seconds, "stages": done, "files": files}
 
 

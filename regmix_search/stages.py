@@ -248,7 +248,8 @@ def report(search: Search) -> Stage:
 
         return str(write_report(out).get("verdict", ""))
 
-    names = ("space.json", "trials.jsonl", "losses.csv", "fit.json", "optimum.json", "train.json", "config.yaml")
-    inputs = {name: digest(out / name, name) for name in names if (out / name).is_file()}
+    names = ("space", "fit", "optimum", "scales", "train")
+    files = ["trials.jsonl", "losses.csv", "config.yaml", *(f"{name}.json" for name in names)]
+    inputs = {name: digest(out / name, name) for name in files if (out / name).is_file()}
     inputs["mixtures.csv"] = digest(out / "mixtures.csv", "mixtures")
     return Stage("report", inputs, (out / "report.html", out / "report.md"), make)

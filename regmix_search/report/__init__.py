@@ -14,8 +14,9 @@ import numpy as np
 from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.report import exhibits, figures
 from regmix_search.report.evidence import Evidence, finite, read_evidence
-from regmix_search.report.findings import gather_facts, noise_sd
+from regmix_search.report.findings import as_sentence, gather_facts, noise_sd
 from regmix_search.report.numerals import count, markdown_cell, minus, ratio
+from regmix_search.report.sizes import read_sizes
 from regmix_search.report.verdict import OPTIMAL, Agreement, Comparison, tokens_to_reach
 
 PACKAGES = ("megatron_lite", "torch", "numpy", "scipy", "lightgbm", "scikit-learn", "tokenizers")
@@ -31,8 +32,9 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     """
     run_dir = Path(run_dir)
     evidence = read_evidence(run_dir)
-    facts = gather_facts(evidence)
-    context = {"facts": facts, "evidence": evidence, **exhibits.build_tables(evidence, facts)}
+    facts, sizes = gather_facts(evidence), read_sizes(run_dir)
+    facts["warnings"] += map(as_sentence, sizes.warnings)
+    context = {"facts": facts, "evidence": evidence, "sizes": sizes, **exhibits.build_tables(evidence, facts)}
     context |= {"figures": draw_figures(evidence, facts), "reach": _reach(evidence), **_surroundings(run_dir)}
     atomic_write(run_dir / "report.html", _render("page.html.j2", context))
     atomic_write(run_dir / "report.md", _render("page.md.j2", context))

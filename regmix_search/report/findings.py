@@ -50,7 +50,7 @@ def gather_facts(evidence: Evidence) -> dict[str, Any]:
     facts["transfer"] = transfer(facts["predicted_gain"], facts["search_half_vs_prior"])
     facts["repetition"] = _repetition_note(evidence.optimum.get("repetition") or {})
     facts["warnings"] = _collect_warnings(evidence, facts)
-    others = map(_as_sentence, evidence.fit.get("warnings") or [])
+    others = map(as_sentence, evidence.fit.get("warnings") or [])
     facts["other_warnings"] = [warning for warning in others if warning not in facts["warnings"]]
     return facts
 
@@ -187,7 +187,7 @@ def _agree(predicted: Iterable[Any] | None, true: Iterable[Any] | None) -> Agree
 def _collect_warnings(evidence: Evidence, facts: dict[str, Any]) -> list[str]:
     """What the reader must know before believing anything: from fit and optimum first, then what we see ourselves."""
     # optimum.json repeats the warnings of fit.json that concern its target; those of other targets are listed apart.
-    found = list(map(_as_sentence, evidence.optimum.get("warnings") or evidence.fit.get("warnings") or []))
+    found = list(map(as_sentence, evidence.optimum.get("warnings") or evidence.fit.get("warnings") or []))
     found += evidence.problems
     target, trials = facts["target"], facts["trials"]
     if (goal := evidence.fit.get("target")) is not None and goal != target:
@@ -217,7 +217,7 @@ def _collect_warnings(evidence: Evidence, facts: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _as_sentence(warning: Any) -> str:
+def as_sentence(warning: Any) -> str:
     """A warning from another stage with a capital (unless it starts with a domain's name) and a full stop."""
     text = str(warning).strip()
     first = text.split(" ")[0]

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import search
+from benchmarks import scales, search
 from benchmarks.table import Row
+from regmix_search.tables import Runs
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,18 @@ def test_few_runs_rank_as_regmix_ranks_with_512() -> None:
         assert rows[f"{key}.1M"].ours >= small and rows[f"{key}.60M"].ours >= large, key
         assert rows[key].ours == pytest.approx((rows[f"{key}.1M"].ours + rows[f"{key}.60M"].ours) / 2)
     assert rows["cc_512.60M"].ratio > 1.004 and rows["cc_24_designed.1M"].ours > 0.97
+
+
+def test_transfer_scores_runs_that_no_fit_has_seen_and_gains_from_the_small_ones():
+    rng = np.random.default_rng(0)
+
+    def runs(n: int, level: float, seed: int) -> Runs:
+        weights = np.random.default_rng(seed).dirichlet(np.full(8, 0.4), size=n)
+        losses = level - 0.4 * np.log(0.2 + np.sqrt(weights) @ np.geomspace(4, 0.1, 8)) + 0.01 * rng.standard_normal(n)
+        return Runs(tuple(range(n)), tuple("abcdefgh"), weights, {"x": losses})
+
+    rmse, rank = scales.transfer_rows(runs(90, 5.0, 1), runs(40, 4.0, 2), [0])
+    assert rmse.ours < 0.02 and rmse.ratio > 1.2, "nats; the noise is .01"
+    assert rank.ours > 0.97 and rank.key == "transfer.rank"
+    (large,) = scales.large_rows(runs(90, 5.0, 1), runs(40, 4.0, 2), runs(30, 3.0, 3), "x")
+    assert large.ours > 0.97
