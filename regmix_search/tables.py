@@ -100,7 +100,9 @@ def read_ledger(path: str | Path) -> tuple[Runs, Runs]:
     def table(index: list[int], unfinished: tuple[int, ...] = ()) -> Runs:
         rows = np.array([[events[i]["weights"][d] for d in first["weights"]] for i in index], dtype=np.float64)
         losses = {t: np.array([events[i]["losses"][t] for i in index], dtype=np.float64) for t in first["losses"]}
-        return Runs(tuple(index), tuple(first["weights"]), rows.reshape(len(index), -1), losses, unfinished)
+        return Runs(
+            tuple(index), tuple(first["weights"]), rows.reshape(len(index), len(first["weights"])), losses, unfinished
+        )
 
     return table(fitted, failed), table([i for i in events if i not in set(fitted)])
 

@@ -268,6 +268,9 @@ def test_a_folder_of_a_search_is_a_scale_with_its_own_size(tmp_path):
     (tmp_path / "space.json").write_text(json.dumps({"tokens": tokens}))
     keys = "proxy: {schedule: {total_tokens: 4096}, data: {seq_length: 128}}\ntarget_tokens: 40960\n"
     (tmp_path / "config.yaml").write_text(keys)
+    ledger = tmp_path / "trials.jsonl"
+    ledger.write_text(ledger.read_text().replace("holdout", "train"))
+    assert len(read_scale(f"own=1e3,4096,{ledger}").runs.index) == 6, "a ledger that holds nothing back"
     scale = read_scale(f"own={tmp_path}")
     assert scale.size == Size(1000, 4096, tuple(map(float, tokens.values()))) and len(scale.runs.index) == 6
     (tmp_path / "config.yaml").write_text(keys + "shards: {match_repetition: true}\n")
