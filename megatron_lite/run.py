@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,9 @@ def resolve(config: Config, mixture: Mixture, mesh: Mesh) -> tuple[BlendedLoader
         megatron=megatron_options(config),
     )
     vocab_size = loader.meta.vocab_size if loader.meta else None
+    if vocab_size is None and config.model.vocab_size is None:
+        way_out = "set model.vocab_size, or let data_tools/inspect_data.py --write-sidecar find it"
+        warnings.warn(f"no sidecar says how large the vocabulary is: {DEFAULT_VOCAB_SIZE:,} is assumed; {way_out}")
     deepspeed = "CROSS_SIZE" in os.environ  # set by DeepSpeed's launcher for every rank, never by torchrun
     plan = Plan.resolve(config, mesh.size, vocab_size, mesh.device.type == "cuda", deepspeed)
     for phase in config.phases:

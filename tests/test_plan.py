@@ -2,16 +2,20 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lite.config import Config, ModelConfig, ScheduleConfig, load_config
+from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
 from megatron_lite.optim import build_optimizer, learning_rate, param_groups, schedule_table
 from megatron_lite.plan import Plan, duration, peak_flops
+from megatron_lite.run import resolve as resolve_run
 from megatron_lite.shape import PRESETS, resolve_shape
+from megatron_lite.testing import tiny_config, write_tiny_shards
 
 
 def resolve(*overrides: str, world_size: int = 1, deepspeed: bool = False) -> Plan:
@@ -150,3 +154,15 @@ def test_durations_and_peaks():
     assert [duration(s) for s in (42, 750, 12240, 200000)] == ["42 s", "12.5 min", "3.4 h", "2.3 days"]
     assert peak_flops("NVIDIA H200") == 989.5e12 and peak_flops("NVIDIA GeForce GTX 1080") is None
     assert not math.isnan(resolve().total_flops) and "tinyllama_1M" in PRESETS
+
+
+def test_a_vocabulary_that_nobody_says_is_assumed_aloud(tmp_path):
+    mixture = write_tiny_shards(tmp_path / "shards")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve_run(tiny_config(tmp_path / "run"), mixture, Mesh.from_env())
+        for sidecar in (tmp_path / "shards").glob("*.meta.json"):
+            sidecar.unlink()
+        resolve_run(tiny_config(tmp_path / "run", "model.vocab_size=64"), mixture, Mesh.from_env())
+    with pytest.warns(UserWarning, match=r"no sidecar says .* 50,432 is assumed; set model.vocab_size, or let"):
+        resolve_run(tiny_config(tmp_path / "run"), mixture, Mesh.from_env())

@@ -45,7 +45,8 @@ class DocumentOptions:
         if wanted and self.eod_id is None:
             raise ValueError(
                 f"data.{wanted[0]} needs the EOD id, and no sidecar of this mixture has one: tokenise with "
-                f"--append-eod, or set data.{wanted[0]} to false"
+                "--append-eod, give old shards a sidecar (data_tools/inspect_data.py --write-sidecar), or set "
+                f"data.{wanted[0]} to false"
             )
 
     @property

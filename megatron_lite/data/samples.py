@@ -152,8 +152,8 @@ class DomainSamples:
             return ValueError(f"{where} holds a token below 0 or from 2^31 on: the .bin is damaged ({place})")
         if status == BAD_TOKEN:
             return ValueError(
-                f"{where} holds a token outside the vocabulary of {vocab_size}; the shard was made with another "
-                f"tokenizer or is damaged: tokenise it again ({place})"
+                f"{where} holds a token outside the vocabulary of {vocab_size} (of its sidecar, or model.vocab_size); "
+                f"the shard was made with another tokenizer or is damaged: tokenise it again ({place})"
             )
         if status == BAD_PIECE:
             return ValueError(f"{where}: {place} does not lie inside its .bin; the .idx is damaged: tokenise it again")
