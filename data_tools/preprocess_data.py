@@ -11,7 +11,7 @@ the bytes written are the same for any number of workers. A second run with the 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: python data_tools/preprocess_data.py
@@ -21,8 +21,9 @@ from data_tools.fast_tokenizer import BACKENDS
 from data_tools.readers import SUFFIXES, expand_inputs
 from data_tools.shard import preprocess
 from data_tools.tokenizer import KINDS
+from megatron_lite.data.indexed import ShardMeta
 
-__all__ = ["main", "preprocess"]
+__all__ = ["list_shards", "main", "make_shards", "preprocess"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,15 +69,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    args = _parser().parse_args(argv)
     try:
-        for files, prefix in _shards(args):
-            for key in args.json_keys:
-                print(_make(args, files, prefix, key))
+        for _, said in make_shards(argv):
+            print(said)
     except ValueError as error:
         print(f"preprocess_data: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def make_shards(argv: Sequence[str] | None = None) -> Iterator[tuple[ShardMeta, str]]:
+    """What the command line does: makes each shard in turn; (its sidecar, a line about it). ValueError: a mistake."""
+    args = _parser().parse_args(argv)
+    for files, prefix in _shards(args):
+        for key in args.json_keys:
+            yield _make(args, files, prefix, key)
+
+
+def list_shards(argv: Sequence[str] | None = None) -> list[tuple[list[str], list[str]]]:
+    """What a command line asks for: input files, and the prefixes of the shards that they become, one a key."""
+    args = _parser().parse_args(argv)
+    endings = [""] if args.exact_prefix else [f"_{key}_document" for key in args.json_keys]
+    return [(files, [prefix + ending for ending in endings]) for files, prefix in _shards(args)]
 
 
 def _shards(args: argparse.Namespace) -> list[tuple[list[str], str]]:
@@ -94,8 +108,8 @@ def _shards(args: argparse.Namespace) -> list[tuple[list[str], str]]:
     return [([path], os.path.join(args.output_dir, name)) for name, path in shards.items()]
 
 
-def _make(args: argparse.Namespace, files: list[str], prefix: str, key: str) -> str:
-    """Make one shard; returns the line that says what is in it."""
+def _make(args: argparse.Namespace, files: list[str], prefix: str, key: str) -> tuple[ShardMeta, str]:
+    """Make one shard; returns its sidecar and the line that says what is in it."""
     tokenizer = args.tokenizer_model or args.vocab_file or ("bytes" if args.tokenizer_type == "bytes" else None)
     if tokenizer is None:
         raise ValueError("name a tokenizer: --tokenizer-model PATH, or --vocab-file and --merge-file, or bytes")
@@ -129,7 +143,7 @@ def _make(args: argparse.Namespace, files: list[str], prefix: str, key: str) -> 
         + (f", shuffled with seed {shuffled}" * (shuffled is not None))
         + (f", {skipped:,} bad lines skipped" * (skipped > 0))
     )
-    return said
+    return meta, said
 
 
 if __name__ == "__main__":

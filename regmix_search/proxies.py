@@ -11,7 +11,7 @@ import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_lite.config import Config, dump, load_config
 from megatron_lite.files import atomic_write, atomic_write_json
@@ -65,18 +65,35 @@ class ProxyTraining:
         return cls(config, facts["data_dir"], tuple(facts["valid"]), facts["runs_dir"])
 
 
-def build_executor(
-    function: ProxyTraining, config: ProxiesConfig, workers: int, threads: int, folder: Path, heartbeat: Path
-) -> Executor:
-    """The executor that the config names. ``workers``: proxies at a time, 0: as many as fit; ``threads``: of each.
+class Portable(Protocol):
+    """A trial function that a process on another machine can be given as files."""
 
-    ``folder``: the search's, on a file system that all machines see; ``heartbeat``: touched while this driver lives.
+    def __call__(self, trial: Trial) -> dict[str, Any]:
+        """Runs a trial."""
+
+    def save(self, folder: Path) -> None:
+        """Writes what ``module`` needs to build it again."""
+
+
+def build_executor(
+    function: Portable,
+    config: ProxiesConfig,
+    workers: int,
+    threads: int,
+    folder: Path,
+    heartbeat: Path,
+    module: str = "regmix_search.executors.task",
+) -> Executor:
+    """The executor that the config names. ``workers``: trials at a time, 0: as many as fit; ``threads``: of each.
+
+    ``folder``: on a file system that all machines see; ``heartbeat``: touched while this driver lives; ``module``: what
+    ``python -m`` runs on another machine.
     """
     if config.executor == "slurm":
         from regmix_search.executors.slurm import SlurmQueue
 
         function.save(folder / "slurm")
-        command = (sys.executable, "-m", "regmix_search.executors.task", str((folder / "slurm").resolve()))
+        command = (sys.executable, "-m", module, str((folder / "slurm").resolve()))
         return SlurmQueue(command, folder / "slurm", config.slurm, workers, threads, config.per_gpu, heartbeat)
     if config.executor == "ray":
         from regmix_search.executors.ray_tasks import RayTasks
