@@ -21,6 +21,7 @@ from pathlib import Path
 import lightgbm
 import numpy as np
 
+from benchmarks.reuse import reuse_rows
 from benchmarks.scales import large_rows, transfer_rows
 from benchmarks.table import Row, cost_row, parse_args, print_rows, rate_row
 from regmix_search.choice import choose
@@ -190,11 +191,12 @@ def auto_row(train: Runs) -> Row:
 def run() -> list[Row]:
     """Every row of the table."""
     train, tests = published("train", "1m"), {"1M": published("test", "1m"), "60M": published("test", "60m")}
-    adaptive = adaptive_row(join(train, tests["1M"]))
+    pool = join(train, tests["1M"])
     moved = transfer_rows(train, tests["60M"], SEEDS)
     if has_large():
         moved += large_rows(train, tests["60M"], published("test", "1B"), TARGET)
-    return [*correlations(train, tests), adaptive, *optima(train), auto_row(train), *moved]
+    moved += reuse_rows(train, tests, pool, TARGET, np.array(PILE), EPOCHS)
+    return [*correlations(train, tests), adaptive_row(pool), *optima(train), auto_row(train), *moved]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

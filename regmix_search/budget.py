@@ -70,6 +70,12 @@ def _domain_lines(search: Search, inventory: Inventory | None) -> list[str]:
         facts = f"{tokens[name]:>14,} {tokens[name] / total:>8.2%} {space.named(space.caps)[name]:>8.2%}"
         lines.append(f"  {name:<16} {facts} {target:>14.3g} {proxy:>11.3g}")
     lines += [f"  with every domain at its cap, {text}" for text in seen.to_json(space.named(space.caps))["warnings"]]
+    if config.reuse.earlier is not None:
+        from regmix_search.reuse import describe as describe_reuse
+        from regmix_search.reuse import plan_reuse
+        from regmix_search.stages import settings
+
+        lines.append(describe_reuse(plan_reuse(search, settings(config)["settings"]).to_json(space, search)))
     return lines + [f"  {name:<16} left out: not one sample" for name in left_out]
 
 

@@ -84,6 +84,17 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class ReuseConfig:
+    """An earlier search to build on, when domains were added, removed, split or revised."""
+
+    earlier: str | None = None  # its folder; unchanged domains keep the ratio of its optimum; null: search everything
+    runs: bool = True  # fit its proxies too, where they still apply; false: take the ratio alone
+    free: tuple[str, ...] = ()  # unchanged domains that are searched again all the same
+    split: tuple[str, ...] = ()  # old=new1+new2: domains that were made of one
+    same: tuple[str, ...] = ()  # domains to take for unchanged although their shards differ
+
+
+@dataclass(frozen=True)
 class ProxiesConfig:
     """How proxies are run; nothing here changes their losses."""
 
@@ -154,6 +165,7 @@ class SearchConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # stage 2
     shards: ShardsConfig = field(default_factory=ShardsConfig)  # stage 3
     mixtures: MixturesConfig = field(default_factory=MixturesConfig)  # stage 4
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)  # stages 4, 6 and 7: an earlier search
     proxies: ProxiesConfig = field(default_factory=ProxiesConfig)  # stage 5: how they run
     proxy: Config = field(default_factory=Config)  # stage 5: what one is, an ordinary training run
     fit: FitConfig = field(default_factory=FitConfig)  # stages 6 and 7

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_lite.files import atomic_write_json
 from regmix_search.config import SearchConfig
 from regmix_search.freshness import digest_of, read_record
+from regmix_search.reduction import Reduction
 from regmix_search.space import Space
 from regmix_search.tables import Runs
 
@@ -64,7 +65,13 @@ class EarlyFit:
         )
 
 
-def fit_early(runs: Runs, space: Space, config: SearchConfig, last: EarlyFit | None = None) -> EarlyFit:
+def fit_early(
+    runs: Runs,
+    space: Space,
+    config: SearchConfig,
+    last: EarlyFit | None = None,
+    reduction: Reduction | None = None,
+) -> EarlyFit:
     """The optimum by the runs that are there, with what could still change. The final fit's steps on few surrogates."""
     from regmix_search.certainty import BOOTSTRAPS
     from regmix_search.fits import fit_targets, run_noise
@@ -79,7 +86,8 @@ def fit_early(runs: Runs, space: Space, config: SearchConfig, last: EarlyFit | N
     # other losses are not fitted, so they cannot be limits; the uncertainty is what is asked for here
     bootstraps = max(BOOTSTRAPS, config.optimum.bootstraps)
     settings = replace(config.optimum, max_worse=None, pareto=0, method="exact", bootstraps=bootstraps)
-    found = find_optimum(space, runs, fit, target, config.mixtures.minimum, config.seed, settings)
+    how = (config.mixtures.minimum, config.seed, settings)
+    found = find_optimum(space, runs, fit, target, *how, reduction=reduction)
     noise = run_noise(replace(runs, losses={"goal": goal.of(runs.losses)}))
     left = found["left_to_gain"]
     before = None if last is None else sum(abs(w - last.weights.get(d, 0.0)) for d, w in found["weights"].items())
@@ -127,9 +135,11 @@ def read_fits(path: Path, identity: str | None = None) -> tuple[list[EarlyFit], 
 class EarlyFits:
     """Fits in a process of its own, at a low priority, so that proxies hardly wait for it; early.json has them."""
 
-    def __init__(self, path: Path, space: Space, config: SearchConfig, trials: str) -> None:
-        """trials: names the settings that the trials have in common."""
-        self.path, self.space, self.config = path, space, config
+    def __init__(
+        self, path: Path, space: Space, config: SearchConfig, trials: str, reduction: Reduction | None = None
+    ) -> None:
+        """trials: names the settings that the trials have in common; reduction: ratios that the optimum keeps."""
+        self.path, self.space, self.config, self.reduction = path, space, config, reduction
         self.identity = digest_of([trials, asdict(config.fit), asdict(config.optimum)])
         self.process: BaseProcess | None = None
         self.pipe: Connection | None = None
@@ -157,7 +167,8 @@ class EarlyFits:
         spawn = multiprocessing.get_context("spawn")  # fork would copy thread pools in unknown state
         self.pipe, theirs = spawn.Pipe(duplex=False)
         last = self.fits[-1] if self.fits else None
-        self.process = spawn.Process(target=_serve, args=(theirs, runs, self.space, self.config, last), daemon=True)
+        facts = (runs, self.space, self.config, last, self.reduction)
+        self.process = spawn.Process(target=_serve, args=(theirs, *facts), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -191,7 +202,14 @@ class EarlyFits:
         self.process = self.pipe = None
 
 
-def _serve(pipe: Connection, runs: Runs, space: Space, config: SearchConfig, last: EarlyFit | None) -> None:
+def _serve(
+    pipe: Connection,
+    runs: Runs,
+    space: Space,
+    config: SearchConfig,
+    last: EarlyFit | None,
+    reduction: Reduction | None,
+) -> None:
     """The process of one fit: sends an EarlyFit, or in words why there is none."""
     from numpy.linalg import LinAlgError
     from threadpoolctl import threadpool_limits
@@ -200,6 +218,6 @@ def _serve(pipe: Connection, runs: Runs, space: Space, config: SearchConfig, las
     os.nice(NICE)
     try:
         with threadpool_limits(1):
-            pipe.send(fit_early(runs, space, config, last))
+            pipe.send(fit_early(runs, space, config, last, reduction))
     except (ValueError, ArithmeticError, LinAlgError) as error:
         pipe.send(f"{type(error).__name__}: {error}")

@@ -112,7 +112,7 @@ def fit_targets(
     fits = {name: entry for name, (entry, _) in found.items()}
     for name, (_, doubts) in found.items():
         warnings += [f"{name}: {doubt}" for doubt in doubts]
-    noise = run_noise(train)
+    noise, warnings = run_noise(train), [*warnings, *train.notes]
     if not noise:
         warnings.append("no mixture was run twice: the noise of one run is unknown, and so is whether a gain is real")
     if runs.unfinished:

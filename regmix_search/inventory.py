@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_lite.schema import nearest
 from regmix_search.freshness import digest_of, listing
@@ -30,10 +31,23 @@ class Inventory:
     valid: dict[str, Shard]
 
     @property
-    def digest(self) -> str:
-        """16 hex digits of everything that a model could learn or be measured on here."""
+    def contents(self) -> dict[str, dict[str, list[Any]]]:
+        """{train_: {domain: [tokens, content]}, valid_: ...}: everything that a model could learn or be measured on."""
         both = {TRAIN: self.train, VALID: self.valid}
-        return digest_of({kind: {d: [s.tokens, s.content] for d, s in held.items()} for kind, held in both.items()})
+        return {kind: {d: [s.tokens, s.content] for d, s in held.items()} for kind, held in both.items()}
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the contents."""
+        return digest_of(self.contents)
+
+    @property
+    def tokenizer(self) -> str:
+        """Hash of the tokenizer that made the shards; empty when they have no sidecar."""
+        from megatron_lite.data.sidecar import read_meta
+
+        meta = read_meta(next(iter(self.train.values())).prefix)
+        return meta.tokenizer_sha256 if meta else ""
 
     def usable(self, wanted: tuple[str, ...], seq_length: int) -> tuple[dict[str, int], list[str]]:
         """(tokens of the training domains that give at least one sample, names of those that do not).

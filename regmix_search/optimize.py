@@ -85,7 +85,6 @@ def find_optimum(
     asked = _opinions(runs, fit, goal, opinions)
     rivals = tuple(asked[name] for name in _rivals(fit, goal))
     refits = replace(certainty.refit(objective, goal.shares, train, seed, settings.bootstraps), rivals=rivals)
-    interval = certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist()
     result = {
         "target": goal.to_json(),
         "weights": space.named(weights),
@@ -95,7 +94,7 @@ def find_optimum(
         "predicted": {name: float(model.predict(weights[None])[0]) for name, model in models.items()},
         "prior_predicted": {name: float(model.predict(prior[None])[0]) for name, model in models.items()},
         "objective": {"predicted": objective.at(weights), "prior": objective.at(prior)},
-        "interval90": interval,
+        "interval90": certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist(),
         "unconstrained": {"weights": space.named(free), "predicted": objective.at(free)},
         "best_observed": _best_observed(space, whole, train, observed),
         "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in asked.items()},
@@ -103,7 +102,8 @@ def find_optimum(
         "method": settings.method,
         "duality_gap": duality_gap(objective, region, weights),
     }
-    result |= _surroundings(space, region, whole, objective, refits, residuals, weights, prior, result, seed)
+    controls = {"prior": prior, **_controls(space, region, whole, objective, train.weights, result, seed)}
+    result |= _surroundings(space, region, whole, objective, refits, residuals, weights, controls, result, seed)
     if settings.pareto:
         shown = {name: models[name] for name in goal.shares}
         front = pareto_front(shown, region, space.prior, train.weights, settings.pareto, seed)
@@ -137,6 +137,32 @@ def _solve(
     return solve(objective, region, prior, sample, minimum, seed)
 
 
+def _controls(
+    space: Space,
+    region: Region,
+    whole: Region,
+    objective: Objective,
+    sample: FloatArray,
+    found: Mapping[str, Any],
+    seed: int,
+) -> dict[str, FloatArray]:
+    """Mixtures that the optimum is compared with, beside the prior.
+
+    Where domains keep an earlier ratio: `kept`, which has nothing else; and, if runs vary them all, the optimum with
+    no ratio kept.
+    """
+    controls = {
+        **control_mixtures(space, whole),
+        "best_observed": np.array(list(found["best_observed"]["weights"].values())),
+        "unconstrained": np.array(list(found["unconstrained"]["weights"].values())),
+    }
+    if isinstance(region, Slice):
+        controls["kept"] = region.reduction.expand(np.eye(1, len(region.caps))[0])
+        if np.linalg.matrix_rank(sample - sample.mean(axis=0), 1e-6) == len(space.domains) - 1:
+            controls["ratio_free"] = solve(objective, whole, space.prior, sample, seed=seed)
+    return controls
+
+
 def _surroundings(
     space: Space,
     region: Region,
@@ -145,7 +171,7 @@ def _surroundings(
     refits: certainty.Refits,
     residuals: FloatArray,
     weights: FloatArray,
-    prior: FloatArray,
+    controls: Mapping[str, FloatArray],
     found: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
@@ -153,17 +179,11 @@ def _surroundings(
     near = certainty.candidates(region, weights, seed)
     again = certainty.solve_again(refits, region, space.prior, near, seed)
     spread = np.quantile(again, certainty.LEVELS, axis=0).T.tolist() if len(again) else []
-    controls = {
-        "prior": prior,
-        **control_mixtures(space, whole),
-        "best_observed": np.array(list(found["best_observed"]["weights"].values())),
-        "unconstrained": np.array(list(found["unconstrained"]["weights"].values())),
-    }
     rows = np.array(list(controls.values()))
     ties, loss = certainty.tied(refits, rows, weights), objective.predict(rows)
     intervals = certainty.loss_intervals(objective, refits, residuals, rows)
     gain = certainty.predicted_gain(
-        refits, weights, prior, found["objective"]["prior"] - found["objective"]["predicted"]
+        refits, weights, controls["prior"], found["objective"]["prior"] - found["objective"]["predicted"]
     )
     sure = not refits.objectives or gain["interval90"][0] > 0
     gain["significant"] = bool(sure and found["interval90"][1] < found["objective"]["prior"])

@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from regmix_search.designs import IntArray, embed
 from regmix_search.goals import Goal, parse_goal
+from regmix_search.reduction import Slice
 from regmix_search.region import Region
 from regmix_search.space import FloatArray, Space, bound, draw_mixtures, sample_mixtures
 from regmix_search.surrogates import Surrogate, build_surrogate
@@ -99,7 +100,8 @@ def draw_pool(
 ) -> FloatArray:
     """Mixtures [m, k] under the caps: half RegMix's draws, half around the best runs; no weight under `minimum`.
 
-    With a region, half of all are moved into it: the optimum lies there, but mixtures outside tell of it too.
+    With a region, half of all are moved into it: the optimum lies there, but mixtures outside tell of it too. All are
+    where domains keep their ratio.
     """
     wide = sample_mixtures(space, POOL // 2, seed, minimum=minimum, over_cap="project")
     rng = np.random.default_rng([seed, zlib.crc32(b"proposals")])
@@ -109,6 +111,8 @@ def draw_pool(
     near = np.where(near < minimum, 0.0, near)
     room = np.where(near > 0, space.caps, 0.0).sum(axis=1) >= 1
     pool = np.vstack([wide, bound(near[room], space.caps)])
+    if isinstance(region, Slice):
+        return region.pull_in(pool)
     if region is None or (region.is_capped_simplex and np.array_equal(region.high, space.caps)):
         return pool
     return np.vstack([pool[::2], region.pull_in(pool[1::2])])

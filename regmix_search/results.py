@@ -8,11 +8,13 @@ from types import TracebackType
 from typing import Any
 
 from regmix_search import board
-from regmix_search.early import EarlyFit, EarlyFits
+from regmix_search.changes import join_earlier
+from regmix_search.early import EarlyFit, EarlyFits, distinct
 from regmix_search.freshness import read_json
 from regmix_search.goals import parse_goal
 from regmix_search.ledger import Ledger
 from regmix_search.progress import Progress
+from regmix_search.reuse import earlier_runs, read_reduction
 from regmix_search.search import Search
 from regmix_search.space import Space
 from regmix_search.tables import read_ledger, write_losses
@@ -28,7 +30,8 @@ class Results:
         self.target = search.config.fit.target
         self.leads = not ledger.driver.joined  # one that joined only looks whether the leader says stop
         space = Space.from_json(read_json(self.out / "space.json"))
-        self.early = EarlyFits(self.out / "early.json", space, search.config, ledger.config_hash)
+        kept, self.earlier = read_reduction(self.out, space.domains), earlier_runs(self.out)
+        self.early = EarlyFits(self.out / "early.json", space, search.config, ledger.config_hash, kept)
         self.shown: set[int] = set()  # trials that TensorBoard has
         self.mirrors = True
 
@@ -90,5 +93,7 @@ class Results:
             self.progress.say(f"no further proxies: {self.early.stopped}")
         fitted = [e for e in self.ledger.finished.values() if e["kind"] != "holdout"]
         mixtures = len({tuple(event["weights"].values()) for event in fitted})
+        mixtures += distinct(self.earlier) if self.earlier else 0
         if self.early.stopped is None and self.ledger.counts.waiting and self.early.due(mixtures):
-            self.early.start(read_ledger(self.ledger.path)[0])
+            runs = read_ledger(self.ledger.path)[0]
+            self.early.start(join_earlier(runs, self.earlier) if self.earlier else runs)

@@ -93,13 +93,13 @@ def mixture_weights(search: Search) -> dict[str, dict[str, float]]:
     import numpy as np
 
     from regmix_search.fits import fit_chosen
+    from regmix_search.reuse import search_runs
     from regmix_search.space import Space, controls
-    from regmix_search.tables import read_runs
 
     out, target = search.out, search.config.fit.target
     digest(out / "optimum.json", "optimize")
     space, optimum = Space.from_json(read_json(out / "space.json")), read_json(out / "optimum.json")
-    runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
+    runs = search_runs(out)
     alone = fit_chosen(runs, read_json(out / "fit.json"), target).predict(np.eye(len(space.domains)))
     best = f"single({space.domains[int(np.argmin(alone))]})"
     made = {name: space.named(row) for name, row in controls(space).items()}

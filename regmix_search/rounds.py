@@ -14,9 +14,10 @@ from regmix_search.freshness import read_json
 from regmix_search.ledger import replay
 from regmix_search.proposals import Fitted, draw_pool, fit_runs, propose_rows
 from regmix_search.region import build_region
+from regmix_search.reuse import read_reduction, search_runs
 from regmix_search.search import Search
 from regmix_search.space import FloatArray, Space
-from regmix_search.tables import append_mixtures, read_mixtures, read_runs
+from regmix_search.tables import append_mixtures, read_mixtures
 
 PATIENCE = 2  # rounds running whose expected gain is below the noise: one alone may be a surrogate that is too sure
 
@@ -47,7 +48,8 @@ def add_round(search: Search) -> tuple[str, bool]:
     if (why := _over_budget(search, len(index) + config.batch)) is not None:
         return _stop(out, history, why), False
     space = Space.from_json(read_json(out / "space.json"))
-    region = build_region(space, search.config.optimum.bounds)
+    bounds, kept = search.config.optimum.bounds, read_reduction(out, space.domains)
+    region = build_region(space, bounds) if kept is None else kept.region(space, bounds)
     pool = draw_pool(fitted, space, search.config.seed + number, config.minimum, region)
     picks, gains = propose_rows(fitted, pool, config.batch)
     gain = float(gains.max())
@@ -65,7 +67,7 @@ def add_round(search: Search) -> tuple[str, bool]:
 def _fit(search: Search) -> tuple[Fitted, float | None]:
     """A fit of the finished trials that may be fitted on, and the noise of one run (None: no repeats)."""
     out = search.out
-    runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
+    runs = search_runs(out)
     held = [i for i, event in replay(out / "trials.jsonl").finished.items() if event.get("kind") == "holdout"]
     runs = runs.without(i for i in held if i in runs.index)
     fitted = fit_runs(runs, search.config.fit.target, seed=search.config.seed)

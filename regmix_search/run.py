@@ -42,6 +42,8 @@ TABLES = (
     ("--losses", "CSV", "losses: index,metric/<name>_val_loss,... or run,<metric>,...; not with a trials.jsonl"),
     ("--test-mixtures", "CSV", "runs that are only scored, never fitted"),
     ("--test-losses", "CSV", "their losses"),
+    ("--earlier-mixtures", "CSV", "fitted too: runs from before there were some domains, which had weight 0 then"),
+    ("--earlier-losses", "CSV", "their losses"),
     (
         "--space",
         "FILE",
@@ -163,7 +165,8 @@ def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Sta
         if not (args.out or args.config):
             raise ValueError("--scale: name a folder for the results with --out DIR")
         return [lambda: _scales(search, args.space)]
-    if args.mixtures or args.losses or args.space or args.test_mixtures or args.test_losses or args.limit is not None:
+    tables = [getattr(args, flag.strip("-").replace("-", "_")) for flag, _, _ in TABLES]
+    if any(tables) or args.limit is not None:
         return _table_builders(search, args)
     build: dict[str, Callable[[Search], Stage | None]] = {
         "corpus": sources.corpus,
@@ -191,8 +194,10 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
     ledger = args.mixtures is not None and args.mixtures.suffix == ".jsonl"
     if args.stage not in ("fit", "optimize") or not args.mixtures or not (args.losses or ledger):
         raise ValueError("--mixtures and --losses go together, with --stage fit or --stage optimize")
-    if bool(args.test_mixtures) != bool(args.test_losses) and (args.test_mixtures or Path()).suffix != ".jsonl":
-        raise ValueError("--test-mixtures and --test-losses go together")
+    for kind in ("test", "earlier"):
+        weights, losses = getattr(args, f"{kind}_mixtures"), getattr(args, f"{kind}_losses")
+        if bool(weights) != bool(losses) and (weights or Path()).suffix != ".jsonl":
+            raise ValueError(f"--{kind}-mixtures and --{kind}-losses go together")
     if not (args.out or args.config):
         raise ValueError("--mixtures: name a folder for the results with --out DIR")
     if not (args.target or args.config or any(s.startswith("fit.target=") for s in args.set)):
@@ -200,7 +205,8 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
     from regmix_search import study
     from regmix_search.study_files import StudyFiles
 
-    files = StudyFiles(args.mixtures, args.losses, args.test_mixtures, args.test_losses, args.limit, args.space)
+    tests, earlier = (args.test_mixtures, args.test_losses), (args.earlier_mixtures, args.earlier_losses)
+    files = StudyFiles(args.mixtures, args.losses, *tests, args.limit, args.space, *earlier)
     fit = [lambda: study.fit_stage(search.config, files)]
     if args.stage == "fit":
         return [*fit]
@@ -219,7 +225,9 @@ def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], 
         return {**read_json(search.out / "optimum.json"), "fit": scores, "seconds": seconds, "files": files}
     if args.stage == "scales":
         return {**read_json(search.out / "scales.json"), "seconds": seconds}
-    return {"name": search.config.name, "out_dir": str(search.out), "seconds": seconds, "stages": done, "files": files}
+    reuse = {"reuse": read_json(search.out / "reuse.json")} if (search.out / "reuse.json").is_file() else {}
+    facts = {"name": search.config.name, "out_dir": str(search.out), "seconds": seconds, **reuse}
+    return {**facts, "stages": done, "files": files}
 
 
 def _interrupt(number: int, frame: object) -> None:

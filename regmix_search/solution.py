@@ -13,6 +13,7 @@ from regmix_search.goals import parse_goal
 from regmix_search.optimize import find_optimum
 from regmix_search.region import fixed_domains
 from regmix_search.repetition import Exposure
+from regmix_search.reuse import describe, read_reduction
 from regmix_search.space import Space
 from regmix_search.surrogates import SURROGATES
 from regmix_search.tables import Runs
@@ -45,7 +46,11 @@ def solve_runs(
     """Writes optimum.json; returns it, and what it says in a line. exposure: what target run and proxies read."""
     fit, minimum = read_json(out / "fit.json"), config.mixtures.minimum
     asked = SURROGATES if len(parse_goal(fit["target"], fit["targets"]).shares) <= OPINIONS else ()
-    optimum = find_optimum(space, runs, fit, minimum=minimum, seed=config.seed, settings=config.optimum, opinions=asked)
+    how: dict[str, Any] = {"minimum": minimum, "seed": config.seed, "settings": config.optimum, "opinions": asked}
+    reduction = read_reduction(out, space.domains)
+    optimum = find_optimum(space, runs, fit, reduction=reduction, **how)
+    if reduction is not None:
+        optimum["reuse"] = describe(read_json(out / "reuse.json"))
     if exposure is not None:
         optimum["repetition"] = exposure.to_json(optimum["weights"])
         optimum["warnings"] += optimum["repetition"].pop("warnings")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from megatron_lite.config import to_dict
@@ -38,30 +39,40 @@ def mixtures(search: Search) -> Stage:
 
         from regmix_search.designs import draw_design
         from regmix_search.fits import check_enough
+        from regmix_search.reuse import take_over
         from regmix_search.rounds import continues
         from regmix_search.space import build_space, controls, sample_mixtures
         from regmix_search.tables import write_mixtures
 
-        # before the proxies are trained rather than after
-        check_enough(config.count + config.rounds * config.batch + bool(config.repeats), len(tokens))
         space = build_space(tokens, search.config.run_tokens, config.max_epochs)
+        kept = take_over(search, space, settings(search.config)["settings"])
+        small = space if kept is None else kept.space(space)
+        # before the proxies are trained rather than after
+        check_enough(config.count + config.rounds * config.batch + bool(config.repeats), len(small.domains))
         shape = (config.temperature, config.min_strength, config.max_strength, config.minimum, config.over_cap)
-        prior, held = np.tile(controls(space)["prior"], (config.repeats, 1)), np.empty((0, len(tokens)))
+        prior, held = np.tile(controls(space)["prior"], (config.repeats, 1)), np.empty((0, len(small.domains)))
         if config.holdout:
-            held = sample_mixtures(space, config.holdout, seed, *shape)
-        drawn = draw_design(space, config.count, seed, config.design, *shape, given=prior, skip=config.holdout)
-        rows = np.vstack([prior, held, drawn])
+            held = sample_mixtures(small, config.holdout, seed, *shape)
+        known = prior if kept is None else kept.reduce(prior)
+        drawn = draw_design(small, config.count, seed, config.design, *shape, given=known, skip=config.holdout)
+        drawn = np.vstack([held, drawn])
+        rows = np.vstack([prior, drawn if kept is None else kept.expand(drawn)])
         write_mixtures(first, range(len(rows)), space.domains, rows)
         if config.rounds and not continues(out / "mixtures.csv", space.domains, rows):
             write_mixtures(out / "mixtures.csv", range(len(rows)), space.domains, rows)
         atomic_write_json(out / "space.json", space.to_json())
         what = f"{config.count} to fit on, {config.holdout} held back, {config.repeats} x the prior"
-        small = f"; left out, too little text: {', '.join(left_out)}" if left_out else ""
+        few = f"; left out, too little text: {', '.join(left_out)}" if left_out else ""
         more = f", then {config.rounds} rounds of {config.batch}" if config.rounds else ""
         total = config.count + config.holdout + config.repeats
-        return f"{total} mixtures of {len(tokens)} domains: {what}{more}{small}"
+        return f"{total} mixtures of {len(small.domains)} domains: {what}{more}{few}"
 
     inputs = {**dataclasses.asdict(config), "seed": seed, "run_tokens": search.config.run_tokens, "tokens": tokens}
+    if search.config.reuse.earlier is not None:
+        from regmix_search.reuse import earlier_digests
+
+        facts = {"settings": _fingerprint(search), "target": search.config.fit.target}  # what comparability rests on
+        inputs["reuse"] = {**dataclasses.asdict(search.config.reuse), "digests": earlier_digests(search), **facts}
     return Stage("mixtures", inputs, (first, out / "space.json"), make)
 
 
@@ -123,6 +134,8 @@ def proxies(search: Search) -> Stage:
                 if not grown:
                     break
                 ledger = train_planned(search, driver)
+        # by domain, so that a later search can tell what has changed
+        atomic_write_json(out / "inventory.json", {**inventory.contents, "tokenizer": inventory.tokenizer})
         done, total = ledger.finished.values(), len(ledger.trials)
         stopped = f"; no more: {read_record(out / 'early.json')['stopped']}" if ledger.stopped else ""
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
@@ -188,22 +201,28 @@ def _scored(search: Search) -> tuple[str, ...]:
     return tuple(name for name in search.inventory.valid if name != search.config.fit.target_test)
 
 
+def _earlier(out: Path) -> dict[str, str]:
+    """Digests of what was taken over from an earlier search; empty without one."""
+    names = ("reuse.json", "earlier_mixtures.csv", "earlier_losses.csv")
+    return {name: digest(out / name, "mixtures") for name in names if (out / name).is_file()}
+
+
 def fit(search: Search) -> Stage:
     """fit.json: a surrogate for every validation loss, chosen by cross-validation, judged on the held-back proxies."""
     out = search.out
 
     def make() -> str:
+        from regmix_search.reuse import search_runs
         from regmix_search.solution import fit_runs
-        from regmix_search.tables import read_runs
 
-        runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
-        finished = replay(out / "trials.jsonl").finished
-        held = [i for i in runs.index if finished.get(int(i), {}).get("kind") == "holdout"]
+        runs, finished = search_runs(out), replay(out / "trials.jsonl").finished
+        held = [i for i in runs.index if isinstance(i, int) and finished.get(i, {}).get("kind") == "holdout"]
         return fit_runs(out, runs, held, search.config)
 
     inputs = {**dataclasses.asdict(search.config.fit), "seed": search.config.seed}
     inputs |= {"mixtures": digest(out / "mixtures.csv", "mixtures"), "losses": digest(out / "losses.csv", "proxies")}
     digest(out / "trials.jsonl", "proxies")  # it says which runs are held back
+    inputs |= _earlier(out)
     return Stage("fit", inputs, (out / "fit.json",), make)
 
 
@@ -214,11 +233,11 @@ def optimize(search: Search) -> Stage:
     def make() -> str:
         from megatron_lite.data.mixture import Mixture
         from regmix_search.exports import read_blend, write_exports
+        from regmix_search.reuse import search_runs
         from regmix_search.solution import provenance, solve_runs
         from regmix_search.space import Space
-        from regmix_search.tables import read_runs
 
-        runs = read_runs(out / "mixtures.csv", out / "losses.csv", partial=True)
+        runs = search_runs(out)
         space = Space.from_json(read_json(out / "space.json"))
         optimum, text = solve_runs(out, space, runs, config, exposure(search, search.inventory))
         facts = provenance(config, optimum, out / "fit.json")
@@ -235,6 +254,7 @@ def optimize(search: Search) -> Stage:
     inputs["match_repetition"] = config.shards.match_repetition
     for name, made_by in (("fit.json", "fit"), ("space.json", "mixtures"), ("losses.csv", "proxies")):
         inputs[name] = digest(out / name, made_by)
+    inputs |= _earlier(out)
     outputs = (out / "optimum.json", out / "mixture.yaml", out / "exports" / "epochs.csv")
     return Stage("optimize", inputs, outputs, make)
 

@@ -127,7 +127,8 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         runs, _ = read_study(files, config.seed)
         space = read_space(files.space, runs, config)
         optimum, text = solve_runs(out, space, runs, config)
-        numbers = [row if isinstance(name, str) else name for row, name in enumerate(runs.index)]
+        named = any(isinstance(name, str) for name in runs.index)
+        numbers = range(len(runs.index)) if named else runs.index
         write_mixtures(out / "mixtures.csv", numbers, runs.domains, runs.weights)  # what the report is drawn from
         write_losses(out / "losses.csv", numbers, runs.losses)
         atomic_write_json(out / "space.json", space.to_json())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.schema import nearest
+from regmix_search.changes import find_changes, join_earlier, translate
 from regmix_search.config import SearchConfig
 from regmix_search.freshness import digest, read_json
 from regmix_search.space import FloatArray, Space, build_space, unlimited_space
@@ -28,6 +29,8 @@ class StudyFiles:
     test_losses: Path | None = None
     limit: int | None = None  # fit on this many runs, drawn by the seed
     space: Path | None = None  # space.json: prior, caps, tokens
+    earlier_mixtures: Path | None = None  # runs from before there were some of the domains, fitted too
+    earlier_losses: Path | None = None
 
     def digests(self) -> dict[str, Any]:
         """What the results depend on, as JSON."""
@@ -42,7 +45,20 @@ def read_study(files: StudyFiles, seed: int = 0) -> tuple[Runs, Runs | None]:
     if test is not None:
         _check_same("domains", files, runs.domains, test.domains)
         test = Runs(test.index, runs.domains, _reorder(test, runs.domains), test.losses)
-    return draw_runs(runs, files.limit, seed), test
+    runs = draw_runs(runs, files.limit, seed)
+    if files.earlier_mixtures:
+        runs = _add_earlier(runs, *_read(files.earlier_mixtures, files.earlier_losses))
+    return runs, test
+
+
+def _add_earlier(runs: Runs, earlier: Runs, held: Runs | None) -> Runs:
+    """Runs and earlier ones, in which a domain that they do not name had weight 0; a ledger's held-back ones too."""
+    for table in (earlier, held):
+        if table is not None:
+            then, now = ({name: (0, name) for name in names} for names in (table.domains, runs.domains))
+            changes = find_changes(then, now)
+            runs = join_earlier(runs, translate(table, changes, dict.fromkeys(runs.domains, 1)))
+    return runs
 
 
 def draw_runs(runs: Runs, limit: int | None, seed: int) -> Runs:

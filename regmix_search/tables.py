@@ -38,6 +38,7 @@ class Runs:
     weights: FloatArray  # [n, k]
     losses: dict[str, FloatArray]  # target -> [n]
     unfinished: tuple[RunId, ...] = ()  # mixtures that had no losses, left out
+    notes: tuple[str, ...] = ()  # what else was left out of the table, in words
 
     def select(self, index: Iterable[RunId]) -> Runs:
         """The runs with these indices, in the given order. Raises ValueError naming those that are not here."""
@@ -46,7 +47,7 @@ class Runs:
             raise ValueError(f"runs {some(unknown)} have no finished losses; there are {len(self.index)} finished runs")
         picks = [rows[i] for i in wanted]
         losses = {target: values[picks] for target, values in self.losses.items()}
-        return Runs(wanted, self.domains, self.weights[picks], losses, self.unfinished)
+        return Runs(wanted, self.domains, self.weights[picks], losses, self.unfinished, self.notes)
 
     def without(self, index: Iterable[RunId]) -> Runs:
         """All runs but these. Raises ValueError naming indices that are not here."""

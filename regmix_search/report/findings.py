@@ -48,6 +48,7 @@ def gather_facts(evidence: Evidence) -> dict[str, Any]:
     facts["interval_note"] = interval_note(facts["seed_df"], len(comparisons)) if facts["seed_sd"] > 0 else ""
     facts["trust"] = trust(facts["holdout"], facts["cross_validation"], facts["noise_sd"])
     facts["transfer"] = transfer(facts["predicted_gain"], facts["search_half_vs_prior"])
+    facts["reuse"] = evidence.optimum.get("reuse", "").splitlines()
     facts["repetition"] = _repetition_note(evidence.optimum.get("repetition") or {})
     facts["warnings"] = _collect_warnings(evidence, facts)
     others = map(as_sentence, evidence.fit.get("warnings") or [])

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from planted_law import draw, planted
 
 from regmix_search.objective import Objective, duality_gap
+from regmix_search.proposals import fit_runs, propose
 from regmix_search.reduction import Reduction, lift
 from regmix_search.solver import solve
 from regmix_search.space import FloatArray, Space, build_space
 from regmix_search.surrogates import Surrogate, build_surrogate
+from regmix_search.tables import Runs
 
 DOMAINS = ("web", "code", "new", "math", "books")
 RATIOS = {"code": 0.5, "math": 0.3, "books": 0.2}
@@ -70,7 +72,9 @@ def test_the_virtual_domain_has_the_cap_of_its_scarcest_member() -> None:
     np.testing.assert_allclose(small.caps, [min(300 / 500, 180 / 300, 200 / 200), 1.0, 0.12])
     assert small.tokens is not None and small.tokens.tolist() == [300, 600, 60], "code and math are read once in 300"
     np.testing.assert_allclose(small.prior, [0.34, 0.6, 0.06])
-    at_cap = reduction().expand(np.array([0.6, 0.4, 0.0]))
+    at_cap, over = reduction().expand(np.array([[0.6, 0.4, 0.0], [0.61, 0.39, 0.0]]))
+    region = reduction().region(space())
+    assert region.holds(at_cap) and not region.holds(over) and not region.holds(np.full(5, 0.2))
     assert max(space().epochs(at_cap).values()) == pytest.approx(2.0)
 
 
@@ -137,3 +141,11 @@ def test_a_lifted_surrogate_has_slopes_only_where_its_own_has() -> None:
     assert hasattr(smooth, "gradient") and not hasattr(trees, "gradient")
     assert smooth.is_convex and not trees.is_convex and smooth.name == "effective"
     assert dataclasses.is_dataclass(smooth)
+
+
+def test_proposals_keep_the_ratio() -> None:
+    rows = draw(20, 0)
+    fitted = fit_runs(Runs(tuple(range(20)), DOMAINS, rows, {"a": planted(rows, 0)}), "a")
+    region = reduction().region(space())
+    picked = propose(fitted, space(), 6, region=region)
+    assert all(region.holds(row) for row in picked) and len(np.unique(picked.round(6), axis=0)) == 6

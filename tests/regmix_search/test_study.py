@@ -13,7 +13,7 @@ from regmix_search.fits import check_runs_tell
 from regmix_search.goals import Goal, parse_goal
 from regmix_search.study import judge, study_fit
 from regmix_search.study_files import StudyFiles, draw_runs, read_space, read_study
-from regmix_search.tables import Runs, read_runs, write_losses, write_mixtures
+from regmix_search.tables import Runs, read_mixtures, read_runs, write_losses, write_mixtures
 
 DOMAINS = ("web", "code", "math")
 KNOWN = ["the_pile_pile_cc", "the_pile_github", "mean_reversion"]
@@ -232,3 +232,23 @@ def test_a_study_ends_with_a_report_and_exports(tmp_path, capsys) -> None:
     epochs = (out / "exports/epochs.csv").read_text().splitlines()
     assert epochs[0] == "domain,weight,tokens,available,epochs" and epochs[2].startswith("code,0.")
     assert "significant" in text or "Predicted gain" in text
+
+
+def test_earlier_runs_of_fewer_domains_are_fitted_when_they_are_asked_for(tmp_path, capsys) -> None:
+    """A domain that an earlier table lacks had weight 0; a run with text that is gone is left out, and said to be."""
+    runs, old = make_runs(), make_runs(12, 1)
+    files = write(tmp_path, runs)
+    pair = np.hstack([old.weights[:, :2] / old.weights[:, :2].sum(axis=1, keepdims=True), np.zeros((12, 1))])
+    pair[0] = [0.5, 0.3, 0.2]
+    write(tmp_path, Runs(old.index, (*DOMAINS[:2], "gone"), pair, old.losses), "e")
+    earlier = ["--earlier-mixtures", str(tmp_path / "em.csv"), "--earlier-losses", str(tmp_path / "el.csv")]
+    command = ["--stage", "optimize", *files, "--target", "a", "--surrogate", "linear", "--out", str(tmp_path / "o")]
+    assert cli.main([*command, *earlier, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fit"]["n_train"] == 40 + 11
+    assert "1 of 12 earlier runs left out: they had text of gone" in printed["warnings"]
+    rows = read_mixtures(tmp_path / "o" / "mixtures.csv")
+    assert rows[0] == tuple(range(51)) and rows[2][40:, 2].max() == 0
+    np.testing.assert_allclose(rows[2][40:, :2], pair[1:, :2], atol=1e-12)
+    assert cli.main([*command, *earlier[:2]]) == 2
+    assert "--earlier-mixtures and --earlier-losses go together" in capsys.readouterr().err
