@@ -15,6 +15,7 @@ from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.report import exhibits, figures
 from regmix_search.report.evidence import Evidence, finite, read_evidence
 from regmix_search.report.findings import as_sentence, gather_facts, noise_sd
+from regmix_search.report.goal import follow_goal
 from regmix_search.report.numerals import count, markdown_cell, minus, ratio
 from regmix_search.report.sizes import read_sizes
 from regmix_search.report.verdict import OPTIMAL, Agreement, Comparison, tokens_to_reach
@@ -31,7 +32,7 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     Losses are nats per token, `gain` is control loss minus optimal loss. Every number is finite or None.
     """
     run_dir = Path(run_dir)
-    evidence = read_evidence(run_dir)
+    evidence = follow_goal(read_evidence(run_dir))
     facts, sizes = gather_facts(evidence), read_sizes(run_dir)
     facts["warnings"] += map(as_sentence, sizes.warnings)
     context = {"facts": facts, "evidence": evidence, "sizes": sizes, **exhibits.build_tables(evidence, facts)}

@@ -65,8 +65,6 @@ def _target(evidence: Evidence) -> str:
 def _named_target(evidence: Evidence) -> str:
     sources = (evidence.fit, evidence.optimum, evidence.train, evidence.config.get("fit") or {})
     target = next((source["target"] for source in sources if source.get("target")), "")
-    if target in ("mean", "worst") and (fitted := evidence.fit.get("targets") or {}) and target not in fitted:
-        return str(next(iter(fitted)))
     return max(target, key=lambda name: finite(target[name])) if isinstance(target, dict) else str(target)
 
 
@@ -191,9 +189,6 @@ def _collect_warnings(evidence: Evidence, facts: dict[str, Any]) -> list[str]:
     found = list(map(as_sentence, evidence.optimum.get("warnings") or evidence.fit.get("warnings") or []))
     found += evidence.problems
     target, trials = facts["target"], facts["trials"]
-    if (goal := evidence.fit.get("target")) is not None and goal != target:
-        what = f"the {goal} of all losses" if isinstance(goal, str) else "a mean of several losses"
-        found.append(f"The search minimises {what}; this report follows {target} alone.")
     if evidence.runs:
         found += _retraining_warnings(evidence, facts)
     if target and not _named_target(evidence):
