@@ -84,7 +84,12 @@ def pretrain(config: Config) -> int:
 
     mesh = Mesh.from_env()
     try:
-        result = train(config)
+        if config.reweighting:
+            from regmix_search.group_dro import GroupDRO
+
+            result = train(config, reweight=GroupDRO)
+        else:
+            result = train(config)
     finally:
         mesh.close()
     if mesh.is_main:

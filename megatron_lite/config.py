@@ -103,6 +103,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ReweightingConfig:
+    """Group DRO over domains, as the proxy of DoReMi; launch/pretrain.py and the search give the loop what does it."""
+
+    reference: str  # whose losses this model's are compared with: a run or step_* folder, or losses stored from one
+    eta: float = 1.0  # step size of the weights (the paper's 1)
+    smoothing: float = 1e-3  # c, how much of the target each update mixes in (the paper's; its code's default is 1e-4)
+    smooth_to: Literal["uniform", "sampling"] = "uniform"  # that target, and the weights at the start
+    objective: Literal["group_mean", "importance"] = "group_mean"  # sum of weight * domain's mean | as in DoReMi's code
+    update_order: Literal["lagged", "two_pass"] = "lagged"  # weights of the step before | the paper's, a forward more
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How ranks share the work; the data-parallel size is what is left."""
 
@@ -161,6 +173,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)  # sequences a step
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # budget and learning-rate shape
     optim: OptimConfig = field(default_factory=OptimConfig)  # AdamW
+    reweighting: ReweightingConfig | None = None  # domains weighted while training (DoReMi's proxy); null: not
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # ranks
     eval: EvalConfig = field(default_factory=EvalConfig)  # held-out losses
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # saving and resuming

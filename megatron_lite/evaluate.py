@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lite.attention import Documents
-from megatron_lite.data.loader import EvalSet
+from megatron_lite.data.loader import Batch, EvalSet
 from megatron_lite.mesh import Mesh
 
 
@@ -36,6 +37,14 @@ def evaluate(model: nn.Module, sets: Sequence[EvalSet], mesh: Mesh, autocast: to
     return results
 
 
+@torch.no_grad()
+def token_losses(model: nn.Module, batch: Batch, device: torch.device, autocast: torch.autocast) -> Tensor:
+    """Per-token losses [B, T] of one micro-batch."""
+    with autocast:
+        tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
+        return cast(Tensor, model(tokens_BT, labels_BT, documents=Documents.of(batch, device)))
+
+
 def flatten(results: dict[str, EvalResult]) -> dict[str, float]:
     """Results under the metric names valid/<domain>/loss and valid/<domain>/bpb."""
     flat = {f"valid/{name}/loss": r.loss for name, r in results.items()}
@@ -47,9 +56,7 @@ def _evaluate_one(model: nn.Module, eval_set: EvalSet, mesh: Mesh, autocast: tor
     for i, batch in enumerate(eval_set):
         if i % mesh.dp_size != mesh.dp_rank:
             continue
-        with autocast:
-            tokens_BT, labels_BT = batch.tokens_BT.to(mesh.device), batch.labels_BT.to(mesh.device)
-            losses_BT = model(tokens_BT, labels_BT, documents=Documents.of(batch, mesh.device))
+        losses_BT = token_losses(model, batch, mesh.device, autocast)
         mask_BT = batch.loss_mask_BT.double()
         sums += torch.stack(((losses_BT.double().cpu() * mask_BT).sum(), mask_BT.sum()))
     nats, tokens = mesh.sum(sums.to(mesh.device)).tolist()

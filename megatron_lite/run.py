@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_lite import checkpoint, resume, tally
 from megatron_lite.config import Config, dump, to_dict
-from megatron_lite.data.loader import BlendedLoader, EvalSet
+from megatron_lite.data.loader import Batch, BlendedLoader, EvalSet
 from megatron_lite.data.megatron_order import MegatronOptions
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.engine import Engine, build_engine, choose_kernels, optim_names
@@ -24,6 +25,27 @@ from megatron_lite.plan import Plan, grad_accum_steps, peak_flops
 from megatron_lite.shape import DEFAULT_VOCAB_SIZE
 from megatron_lite.tensor_parallel.shards import gather_whole, slicer, whole_shapes
 from megatron_lite.weights import initial_weights
+
+
+class Reweighting(Protocol):
+    """What changes how much domains count while a run goes on; every rank has one (regmix_search/group_dro.py)."""
+
+    weights: dict[str, float]  # the answer so far, by domain
+
+    def prepare(self, run: Run, micro_batches: Sequence[Batch]) -> None:
+        """Before a step's backward: sets ``weight_B`` and ``reference_BT`` of its micro-batches."""
+
+    def observe(self, run: Run, sums_3D: Tensor) -> None:
+        """After a step, with what ``add_by_domain`` added up on all ranks; may change the loader's mixture."""
+
+    def values(self, run: Run) -> dict[str, float]:
+        """For a log line; every rank calls it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: all that changes from step to step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what state_dict gave."""
 
 
 @dataclass
@@ -41,7 +63,11 @@ class Run:
     peak_flops: float | None = None  # dense bf16 FLOP/s of one device by its data sheet, where it is known
     metrics: Metrics | None = None  # rank 0 only
     step: int = 0  # optimizer steps completed; consumed samples follow from it
+    reweighting: Reweighting | None = None
     allowed: list[Any] = dataclasses.field(default_factory=list)  # what changed at resumes, for the record
+
+
+Reweight = Callable[[Run], Reweighting]  # makes one for a run that is built but for its checkpoint
 
 
 def load_mixture(config: Config) -> Mixture:
@@ -95,8 +121,12 @@ def megatron_options(config: Config) -> MegatronOptions | None:
     return None
 
 
-def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, plan: Plan) -> Run:
+def build(
+    config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, plan: Plan, reweight: Reweight | None = None
+) -> Run:
     """Model, optimizer, evaluation sets; the newest checkpoint loaded; the run folder begun."""
+    if (config.reweighting is None) != (reweight is None):
+        raise ValueError("reweighting: start this run with launch/pretrain.py, or give train() the class that does it")
     sets = [
         EvalSet(name, prefixes, loader.seq_length, config.eval.max_tokens, loader.micro_batch_size, loader.options)
         for name, prefixes in loader.valid.items()
@@ -105,6 +135,7 @@ def build(config: Config, mixture: Mixture, mesh: Mesh, loader: BlendedLoader, p
     kernels = choose_kernels(config, mesh.device)
     peak = peak_flops(torch.cuda.get_device_name()) if mesh.device.type == "cuda" else None
     run = Run(config, mixture, plan, mesh, loader, sets, build_engine(config, plan, mesh), saver, peak)
+    run.reweighting = reweight(run) if reweight else None
     load(run)
     if mesh.is_main:
         run_dir = config.run_dir
@@ -129,6 +160,7 @@ def save(run: Run) -> None:
         optim = gather_whole(optim, module, tp)
     if run.mesh.is_main:
         state = resume.record(run.config, run.loader, run.plan, run.step, run.allowed)
+        state["reweighting"] = run.reweighting and run.reweighting.state_dict()
         run.saver.save(run.step, model, optim, state)
     run.mesh.barrier()
 
@@ -141,6 +173,8 @@ def load(run: Run) -> None:
     if path is not None:
         params = checkpoint.load_tensors(path, "model.safetensors", whole_shapes(module), cut)
         put(run, params, checkpoint.load_tensors(path, "optim.safetensors", optim_names(module, run.config.optim), cut))
+        if run.reweighting:
+            run.reweighting.load_state_dict(checkpoint.load_state(path)["reweighting"])
     elif run.config.init_from:
         whole = initial_weights(run.config.init_from, run.plan.shape)
         fresh = {name: cut(name, torch.zeros(size)) for name, size in optim_names(module, run.config.optim).items()}

@@ -20,7 +20,7 @@ from megatron_lite.mesh import Mesh
 from megatron_lite.metrics import Stopwatch
 from megatron_lite.optim import learning_rate
 from megatron_lite.process import collect_garbage, manual_gc, stop_signal, use_cpu
-from megatron_lite.run import Run, build, load_mixture, resolve, save
+from megatron_lite.run import Reweight, Run, build, load_mixture, resolve, save
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, run me again
 
@@ -37,6 +37,7 @@ class RunResult:
     tokens_per_s: float
     flops: float  # of training, by the plan's convention; evaluation is not counted
     run_dir: str
+    domain_weights: dict[str, float] | None  # what reweighting came to
     run_hash: str  # of config, mixture and data: a finished run is not repeated when it is the same
 
 
@@ -48,11 +49,12 @@ class Preempted(SystemExit):
         self.step = step
 
 
-def train(config: Config, mixture: Mixture | None = None) -> RunResult:
+def train(config: Config, mixture: Mixture | None = None, reweight: Reweight | None = None) -> RunResult:
     """Trains one model on one mixture and evaluates it; resumes by itself where ``checkpoint.resume`` says so.
 
-    ``mixture=None`` reads ``config.mixture``. Raises ValueError for the user's mistakes, FloatingPointError naming
-    the step for a non-finite gradient (nothing is updated or saved then), Preempted after SIGTERM.
+    ``mixture=None`` reads ``config.mixture``; ``reweight`` does what ``config.reweighting`` says. Raises ValueError for
+    the user's mistakes, FloatingPointError naming the step for a non-finite gradient (nothing is updated or saved
+    then), Preempted after SIGTERM.
     """
     use_cpu(config.threads)
     mixture = mixture or load_mixture(config)
@@ -64,7 +66,7 @@ def train(config: Config, mixture: Mixture | None = None) -> RunResult:
         if mesh.from_main(int(done is not None)):
             assert done is not None
             return done
-        run = build(config, mixture, mesh, loader, plan)
+        run = build(config, mixture, mesh, loader, plan, reweight)
         report(run, plan.total_steps, "to draw")
         start = time.perf_counter()
         try:
@@ -103,8 +105,11 @@ def loop(run: Run, ahead: Prefetch, stop: list[int]) -> dict[str, EvalResult]:
         num_loss_tokens = mesh.sum(local_tokens.to(mesh.device)).item()
         last = run.step + 1 == plan.total_steps
         logged = last or (run.step + 1) % config.log.every == 0
-        names = run.loader.names
-        by_domain = torch.zeros(2, len(names), dtype=torch.float64, device=mesh.device) if logged else None
+        names, doing = run.loader.names, run.reweighting
+        if doing:
+            doing.prepare(run, micro_batches)
+        size = (3, len(names))
+        by_domain = torch.zeros(size, dtype=torch.float64, device=mesh.device) if logged or doing else None
         loss_sum = engine.forward_backward(micro_batches, num_loss_tokens, by_domain)
         lr = learning_rate(run.step, plan.total_steps, config.optim.lr, config.schedule)
         stats = engine.step(lr)
@@ -113,9 +118,14 @@ def loop(run: Run, ahead: Prefetch, stop: list[int]) -> dict[str, EvalResult]:
         run.step += 1
 
         if by_domain is not None:
-            loss, *sums = mesh.sum(torch.cat((loss_sum.double().view(1), by_domain.flatten()))).tolist()
+            sums = mesh.sum(torch.cat((loss_sum.double().view(1), by_domain.flatten())))
+            if doing:
+                doing.observe(run, sums[1:].view(size))
+        if logged:
+            loss, *each = sums.tolist()
             values = {"train/loss": loss / num_loss_tokens, "train/lr": lr, "train/grad_norm": stats.grad_norm}
-            values |= {f"train/loss/{n}": s / t for n, s, t in zip(names, sums, sums[len(names) :], strict=False) if t}
+            values |= {f"train/loss/{n}": s / t for n, s, t in zip(names, each, each[len(names) :], strict=False) if t}
+            values |= doing.values(run) if doing else {}
             log(run, values | watch.lap(plan.tokens_per_step, mesh.device))
         if last or (config.eval.every and run.step % config.eval.every == 0):
             results = evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)
@@ -171,5 +181,6 @@ def collect(run: Run, results: dict[str, EvalResult], seconds: float, run_hash: 
         tokens_per_s=run.plan.total_tokens / seconds,
         flops=run.plan.total_flops,
         run_dir=str(run.config.run_dir),
+        domain_weights=run.reweighting.weights if run.reweighting else None,
         run_hash=run_hash,
     )

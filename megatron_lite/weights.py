@@ -43,11 +43,11 @@ def read_weights(path: str | Path) -> Weights:
     return Weights(tensors, shape, state.get("tokenizer") or {}, found)
 
 
-def initial_weights(path: str | Path, shape: ModelShape) -> dict[str, Tensor]:
-    """``init_from``: weights for a model of that shape; ValueError lists every model.* key that is not theirs."""
+def initial_weights(path: str | Path, shape: ModelShape, key: str = "init_from") -> dict[str, Tensor]:
+    """What ``key`` names: weights for a model of that shape; ValueError lists every model.* key that is not theirs."""
     weights = read_weights(path)
     # weights do not depend on the length of a sample
     there, here = (to_dict(dataclasses.replace(s, seq_length=1)) for s in (weights.shape, shape))
     if wrong := diff(here, there, "model."):
-        raise ValueError(f"init_from={path}: these weights need {'; '.join(wrong)}")
+        raise ValueError(f"{key}={path}: these weights need {'; '.join(wrong)}")
     return weights.tensors

@@ -29,6 +29,8 @@ class Batch:
     position_ids_BT: Tensor | None = None  # int32: place in the document; None: 0 to seq_length - 1
     cu_seqlens: Tensor | None = None  # int32: where documents start in the flattened B*T, and B*T; None: rows are whole
     max_seqlen: int | None = None  # tokens of the longest document piece in cu_seqlens
+    weight_B: Tensor | None = None  # float32: factor of the row's losses (megatron_lite/run.py, Reweighting); None: 1
+    reference_BT: Tensor | None = None  # float32: another model's losses, to measure the excess over them
 
 
 @dataclass(frozen=True)

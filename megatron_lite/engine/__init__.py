@@ -37,9 +37,9 @@ class Engine(Protocol):
     def forward_backward(
         self, micro_batches: Sequence[Batch], num_loss_tokens: float, by_domain: Tensor | None = None
     ) -> Tensor:
-        """Accumulates gradients of sum(loss * mask) / num_loss_tokens (the global count); returns the local sum.
+        """Accumulates gradients of sum(loss * mask * weight) / num_loss_tokens (the global count); returns the sum.
 
-        ``by_domain`` [2, domains], fp64 on the model's device: each domain's part of that sum and its tokens are added.
+        ``by_domain`` [3, domains], fp64 on the model's device: what ``add_by_domain`` says is added.
         """
 
     def step(self, lr: float) -> StepStats:
@@ -57,6 +57,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends training: lets go of the process groups, before Mesh.close destroys them."""
+
+
+def add_by_domain(by_domain: Tensor, batch: Batch, losses_BT: Tensor) -> None:
+    """Adds each domain's loss in nats, its tokens, and its excess over ``reference_BT``, clipped at 0 by token."""
+    mask_BT, domain_B = (x.to(by_domain.device) for x in (batch.loss_mask_BT, batch.domain_B))
+    over_BT = (losses_BT - (losses_BT if batch.reference_BT is None else batch.reference_BT)).clamp_min(0)
+    sums_3B = torch.stack((losses_BT * mask_BT.double(), mask_BT, over_BT * mask_BT)).sum(-1)
+    domains_D = torch.arange(by_domain.shape[1], device=by_domain.device)
+    # a product, because index_add_ on a GPU adds in any order, and a resumed run writes the same lines to the bit
+    by_domain += sums_3B @ (domain_B[:, None] == domains_D).double()
 
 
 def choose_kernels(config: Config, device: torch.device) -> str:

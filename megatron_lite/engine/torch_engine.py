@@ -17,7 +17,7 @@ from megatron_lite import optim
 from megatron_lite.attention import Documents
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Batch
-from megatron_lite.engine import StepStats
+from megatron_lite.engine import StepStats, add_by_domain
 from megatron_lite.engine.zero import ZeroAdamW
 from megatron_lite.mesh import Mesh
 from megatron_lite.model import GPT
@@ -100,18 +100,15 @@ class TorchEngine:
 def summed_loss(
     model: nn.Module, batch: Batch, device: torch.device, autocast: torch.autocast, by_domain: Tensor | None
 ) -> Tensor:
-    """sum(loss * mask) of one micro-batch in nats, fp32, with its graph; for ``by_domain`` see Engine."""
+    """sum(loss * mask * weight) of one micro-batch in nats, fp32, with its graph; for ``by_domain`` see Engine."""
     tokens_BT, labels_BT, mask_BT = (
         x.to(device, non_blocking=True) for x in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
     )
-    mask_BT = mask_BT.float()
+    weights_BT = mask_BT.float() if batch.weight_B is None else mask_BT * batch.weight_B.to(device)[:, None]
     with autocast:
-        loss, losses_BT = model(tokens_BT, labels_BT, mask_BT, Documents.of(batch, device))
+        loss, losses_BT = model(tokens_BT, labels_BT, weights_BT, Documents.of(batch, device))
     if by_domain is not None:
-        sums_2B = torch.stack((losses_BT * mask_BT.double(), mask_BT)).sum(-1)
-        domains_D = torch.arange(by_domain.shape[1], device=device)
-        # a product, because index_add_ on a GPU adds in any order, and a resumed run writes the same lines to the bit
-        by_domain += sums_2B @ (batch.domain_B.to(device)[:, None] == domains_D).double()
+        add_by_domain(by_domain, batch, losses_BT)
     return cast(Tensor, loss)
 
 
