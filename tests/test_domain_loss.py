@@ -40,9 +40,9 @@ def one_step(folder: str, *overrides: str) -> tuple[list[list[float]], float, fl
                 losses = engine.module(batch.tokens_BT[rows], batch.labels_BT[rows])
             mask = batch.loss_mask_BT[rows].bool()
             alone[:, domain] += torch.tensor([losses[mask].double().sum().item(), mask.sum().item()])
-    by_domain = torch.zeros(2, len(loader.names), dtype=torch.float64)
+    by_domain = torch.zeros(3, len(loader.names), dtype=torch.float64)
     loss = mesh.sum(engine.forward_backward(batches, tokens, by_domain)).item()
-    result = mesh.sum(by_domain).tolist(), loss, tokens, mesh.sum(alone).tolist()
+    result = mesh.sum(by_domain)[:2].tolist(), loss, tokens, mesh.sum(alone).tolist()
     engine.close()
     mesh.close()
     return result
