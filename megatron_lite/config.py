@@ -104,12 +104,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ReweightingConfig:
-    """Group DRO over domains, as the proxy of DoReMi; launch/pretrain.py and the search give the loop what does it."""
+    """Group DRO over domains, as DoReMi's proxy; launch/pretrain.py and the search give the loop what does it."""
 
-    reference: str  # whose losses this model's are compared with: a run or step_* folder, or losses stored from one
+    reference: str = ""  # excess is loss over this model's, by token: a run or step_* folder, or losses stored from one
+    targets: dict[str, float] = field(default_factory=dict)  # instead: held-out loss over this, by domain, in nats
+    sampling_every: int = 0  # steps between changes of what is sampled, to the weights; 0: they weight the loss
     eta: float = 1.0  # step size of the weights (the paper's 1)
-    smoothing: float = 1e-3  # c, how much of the target each update mixes in (the paper's; its code's default is 1e-4)
-    smooth_to: Literal["uniform", "sampling"] = "uniform"  # that target, and the weights at the start
+    smoothing: float = 1e-3  # c, how much of smooth_to an update mixes in (the paper's; its code's default is 1e-4)
+    smooth_to: Literal["uniform", "sampling"] = "uniform"  # the weights at the start, too; sampling: the mixture's
     objective: Literal["group_mean", "importance"] = "group_mean"  # sum of weight * domain's mean | as in DoReMi's code
     update_order: Literal["lagged", "two_pass"] = "lagged"  # weights of the step before | the paper's, a forward more
 

@@ -36,7 +36,7 @@ DATA = ("mixture", "data")  # keys of --allow-change that are not keys of the co
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config dict that decides what is computed."""
-    kept = {k: v for k, v in config.items() if k not in FREE}
+    kept = {k: v for k, v in config.items() if k not in FREE and (k, v) != ("reweighting", None)}  # as before the key
     kept["batch"] = {"global_batch_size": config["batch"]["global_batch_size"]}  # the micro-batch is only a split
     kept["data"] = {k: v for k, v in config["data"].items() if k not in IN_LOADER}
     return kept
@@ -69,6 +69,9 @@ def find(config: Config, loader: BlendedLoader, mesh: Mesh) -> tuple[Path | None
     state = checkpoint.load_state(path)
     if not isinstance(state["data"], dict):
         raise ValueError(f"{path}: written by a version that kept no stages; begin again with --resume never")
+    if config.reweighting and config.reweighting.sampling_every:  # stages that the run made itself
+        for stage in state["data"]["stages"][1:]:
+            loader.change_mixture(stage["first_step"], loader.mixture.with_weights(stage["weights"]))
     lines = [line.partition(": ") for line in diff(identity(state["config"]), identity(to_dict(config)))]
     found = {key: [line] for key, _, line in lines} | changes(state["data"], loader.state_dict(), step)
     refuse(str(path), found, allow)

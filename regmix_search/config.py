@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_lite.config import Config, load_config
+from megatron_lite.config import Config, ReweightingConfig, load_config
 from megatron_lite.schema import nearest
 
 Control = Literal["optimal", "prior", "uniform", "best_single"]
@@ -143,6 +143,16 @@ class ScalesConfig:
 
 
 @dataclass(frozen=True)
+class DoReMiConfig:
+    """DoReMi (Xie et al. 2023): a reference model, a proxy under group DRO, its averaged weights, and again."""
+
+    reference: str = "prior"  # first reference's weights: prior (shares of the tokens), uniform, or a mixture.yaml
+    rounds: int = 1  # at most; each further reference is trained on the weights of the round before (GLaM: 3)
+    tolerance: float = 1e-3  # rounds end when no weight differs more from the reference's (the paper's)
+    reweighting: ReweightingConfig = field(default_factory=ReweightingConfig)  # the proxy's group DRO
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The models trained on the result and on its controls."""
 
@@ -159,6 +169,7 @@ class SearchConfig:
 
     name: str = "search"  # names the search in its folder and report
     out_dir: str = "runs/{name}"  # where everything goes; {name} is replaced
+    method: Literal["regmix", "doremi"] = "regmix"  # many proxies and a regression | a reference and a proxy
     seed: int = 0  # mixtures, folds, proxies and models are functions of it
     target_tokens: int | None = None  # length of the run the mixture is for; null: train.main's total_tokens
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # stage 1
@@ -168,6 +179,7 @@ class SearchConfig:
     reuse: ReuseConfig = field(default_factory=ReuseConfig)  # stages 4, 6 and 7: an earlier search
     proxies: ProxiesConfig = field(default_factory=ProxiesConfig)  # stage 5: how they run
     proxy: Config = field(default_factory=Config)  # stage 5: what one is, an ordinary training run
+    doremi: DoReMiConfig = field(default_factory=DoReMiConfig)  # method doremi: in the place of stages 4 to 7
     fit: FitConfig = field(default_factory=FitConfig)  # stages 6 and 7
     optimum: OptimumConfig = field(default_factory=OptimumConfig)  # stage 7
     scales: ScalesConfig = field(default_factory=ScalesConfig)  # stage 8, with runs of other sizes alone
@@ -229,6 +241,8 @@ def _check(config: SearchConfig, where: str) -> None:
         ("optimum.samples", config.optimum.samples, config.optimum.top, math.inf),
         ("optimum.top", config.optimum.top, 1, math.inf),
         ("optimum.bootstraps", config.optimum.bootstraps, 0, math.inf),
+        ("doremi.rounds", config.doremi.rounds, 1, math.inf),
+        ("doremi.tolerance", config.doremi.tolerance, 0, 1),
         ("train.seeds", train.seeds, 1, math.inf),
         ("train.workers", train.workers, 0, math.inf),
         ("target_tokens", config.run_tokens, 1, math.inf),
@@ -252,3 +266,5 @@ def _check(config: SearchConfig, where: str) -> None:
         raise ValueError(
             f"{where}: fit.target and fit.target_test are both {config.fit.target!r}; the test must be unseen"
         )
+    if config.method == "doremi" and train.enabled and "best_single" in train.mixtures:
+        raise ValueError(f"{where}: train.mixtures: best_single is a surrogate's choice, and method=doremi has none")

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.config import ReweightingConfig
 from megatron_lite.data.loader import Batch
 from megatron_lite.engine import add_by_domain
-from megatron_lite.evaluate import token_losses
-from megatron_lite.model import GPT
+from megatron_lite.evaluate import evaluate, token_losses
 from megatron_lite.run import Run
-from megatron_lite.tensor_parallel.shards import slicer
-from megatron_lite.weights import initial_weights
+from regmix_search.reference import open_reference
 
 ONE_HOT = 0.95  # a domain with more than this share has left nothing to the others
 
@@ -87,18 +84,21 @@ def loss_weights(
 
 
 class GroupDRO:
-    """What a run with ``reweighting`` has beside its loop (megatron_lite/run.py, Reweighting)."""
+    """What a run with ``reweighting`` has beside its loop (megatron_lite/run.py, Reweighting).
+
+    Another method is another excess, by domain and in nats: ``heldout_excess`` is dynamic batch loading's.
+    """
 
     def __init__(self, run: Run) -> None:
         assert run.config.reweighting is not None
         self.config, self.names = run.config.reweighting, run.loader.names
         self.sampling: list[float] = run.mixture.weights.tolist()
-        check(self.config, run.config.phases, self.sampling)
-        uniform = [1 / len(self.sampling)] * len(self.sampling)
+        check(run)
+        zeros, uniform = [0.0] * len(self.sampling), [1 / len(self.sampling)] * len(self.sampling)
         self.target = self.sampling if self.config.smooth_to == "sampling" else uniform
-        self.state = DomainWeights(self.target, [0.0] * len(uniform))
-        self.reference = load_reference(run, self.config.reference)
-        self.last, self.warned = [[0.0] * len(uniform)] * 3, False  # the last step's sums
+        self.state = DomainWeights(self.target, zeros)
+        self.reference = open_reference(run) if self.config.reference else None
+        self.last, self.window, self.warned = [zeros] * 3, [zeros] * 2, False  # of the step, since the last change
 
     @property
     def weights(self) -> dict[str, float]:
@@ -107,13 +107,17 @@ class GroupDRO:
 
     def prepare(self, run: Run, micro_batches: Sequence[Batch]) -> None:
         """See Reweighting. Tokens are counted over the whole step first; in two_pass order losses are measured too."""
-        device, autocast = run.mesh.device, run.engine.autocast
-        sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)
+        if self.reference is not None:
+            self.reference.attach(run, micro_batches)
+        if self.config.sampling_every:
+            return
+        sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=run.mesh.device)
         for batch in micro_batches:
-            batch.reference_BT = here_BT = token_losses(self.reference, batch, device, autocast)
+            assert batch.reference_BT is not None
+            losses_BT = batch.reference_BT  # lagged: only the tokens are asked for
             if self.config.update_order == "two_pass":
-                here_BT = token_losses(run.engine.forward, batch, device, autocast)
-            add_by_domain(sums, batch, here_BT)
+                losses_BT = token_losses(run.engine.forward, batch, run.mesh.device, run.engine.autocast)
+            add_by_domain(sums, batch, losses_BT)
         _, tokens, excess = run.mesh.sum(sums).tolist()
         if self.config.update_order == "two_pass":
             self._update(tokens, excess)
@@ -122,10 +126,20 @@ class GroupDRO:
             batch.weight_B = torch.tensor(factors)[batch.domain_B]
 
     def observe(self, run: Run, sums_3D: Tensor) -> None:
-        """See Reweighting. In lagged order the update that the next step's loss sees."""
-        self.last = sums_3D.tolist()
-        if self.config.update_order == "lagged":
-            self._update(*self.last[1:])
+        """See Reweighting. Updates the weights of the next step's loss, or now and then what is sampled."""
+        every, self.last = self.config.sampling_every, sums_3D.tolist()
+        if not every:
+            if self.config.update_order == "lagged":
+                self._update(*self.last[1:])
+            return
+        self.window = [
+            [a + b for a, b in zip(*rows, strict=True)] for rows in zip(self.window, self.last[1:], strict=True)
+        ]
+        if run.step % every == 0 and run.step < run.plan.total_steps:
+            self._update(*(heldout_excess(run, self.config.targets) if self.config.targets else self.window))
+            self.window = [[0.0] * len(self.names)] * 2
+            now = dict(zip(self.names, self.state.weights, strict=True))
+            run.loader.change_mixture(run.step, run.mixture.with_weights(now))
 
     def values(self, run: Run) -> dict[str, float]:
         """See Reweighting. Asserts that all ranks have the same weights; warns once where one domain has them all."""
@@ -141,33 +155,55 @@ class GroupDRO:
 
     def state_dict(self) -> dict[str, Any]:
         """See Reweighting."""
-        return asdict(self.state)
+        return {**asdict(self.state), "window": self.window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Reweighting."""
-        self.state = DomainWeights(**state)
+        self.window = state["window"]
+        self.state = DomainWeights(state["weights"], state["total"], state["updates"])
 
     def _update(self, tokens: Sequence[float], excess: Sequence[float]) -> None:
         self.state = update(self.state, excess, tokens, self.config.eta, self.config.smoothing, self.target)
 
 
-def check(config: ReweightingConfig, phases: Sequence[Any], sampling: Sequence[float]) -> None:
-    """ValueError for settings that mean nothing here."""
-    if not config.eta > 0 or not 0 <= config.smoothing < 1:
-        raise ValueError(
-            f"reweighting.eta={config.eta} must be above 0, reweighting.smoothing={config.smoothing} in [0, 1)"
+def heldout_excess(run: Run, targets: dict[str, float]) -> tuple[list[float], list[float]]:
+    """(1 for each domain, held-out loss over its target): dynamic batch loading (Xia et al. 2023, algorithm 1).
+
+    There weights are w * exp(max(loss - target, 0)), normalised: eta 1, smoothing 0, smooth_to sampling.
+    """
+    sets = [one for one in run.eval_sets if one.name in targets]
+    found = evaluate(run.engine.forward, sets, run.mesh, run.engine.autocast)
+    return [1.0] * len(targets), [max(found[name].loss - targets[name], 0.0) for name in run.loader.names]
+
+
+def check(run: Run) -> None:
+    """ValueError for settings that mean nothing together, or not with this mixture."""
+    config, mixture, names = run.config.reweighting, run.mixture, set(run.loader.names)
+    assert config is not None
+    given = (config.objective, config.update_order)
+    valid = {one.name for one in run.eval_sets}
+    wrong = {
+        f"eta={config.eta} must be above 0": not config.eta > 0,
+        f"smoothing={config.smoothing} must lie in [0, 1)": not 0 <= config.smoothing < 1,
+        "reference or targets: set the one or the other": bool(config.reference) == bool(config.targets),
+        "targets change what is sampled: set sampling_every": bool(config.targets) and not config.sampling_every,
+        f"targets: name {', '.join(sorted(names))}, each with a validation set": bool(config.targets)
+        and (config.targets.keys() != names or not names <= valid),
+        "objective and update_order are of a weighted loss: leave them out with sampling_every": bool(
+            config.sampling_every
         )
-    if phases or min(sampling) == 0:
-        raise ValueError("reweighting: every domain is drawn from start to end: remove phases and domains of weight 0")
-
-
-def load_reference(run: Run, path: str) -> GPT:
-    """The model of a run or step_* folder, in evaluation mode, cut as the run's is; its shape must be the run's."""
-    model = GPT(run.plan.shape, 0, run.mesh.tp).requires_grad_(False).eval()
-    whole, cut = initial_weights(path, run.plan.shape, "reweighting.reference"), slicer(model, run.mesh.tp)
-    for name, param in model.named_parameters():
-        param.copy_(cut(name, whole[name]))
-    return model.to(run.mesh.device)
+        and given != ("group_mean", "lagged"),
+        f"sampling_every={config.sampling_every} must be at least 0": config.sampling_every < 0,
+        "max_epochs: what sampling_every will draw is not known: take the caps out of the mixture": bool(
+            config.sampling_every
+        )
+        and any(domain.max_epochs is not None for domain in mixture.domains),
+        "every domain is drawn from start to end: remove phases, and domains of weight 0": bool(run.config.phases)
+        or min(mixture.weights) == 0,
+    }
+    for text, is_so in wrong.items():
+        if is_so:
+            raise ValueError(f"reweighting: {text}")
 
 
 def collapse(

@@ -36,6 +36,8 @@ class MainRun:
     seed: int
     weights: dict[str, float]
     folder: Path
+    config: Config | None = None  # None: train.main
+    after: str = ""  # what else the run depends on: the run_hash of another
 
     def beside(self, ending: str) -> Path:
         """A file next to the folder: .config.yaml and .mixture.yaml go in, .log comes out, .inputs.json is both."""
@@ -56,7 +58,7 @@ def train(search: Search) -> Stage | None:
 
     def make() -> str:
         for run in runs:
-            _prepare(search, run)
+            prepare(search, run)
         start, todo = time.monotonic(), [run for run in runs if not run.done]
         failed = run_all(search, todo, len(runs))
         elapsed = time.monotonic() - start if len(todo) == len(runs) else None  # in one go, or it is not known
@@ -90,6 +92,10 @@ def mixture_weights(search: Search) -> dict[str, dict[str, float]]:
 
     A single domain obeys no cap: it is the control that repeats its text as often as it must.
     """
+    if search.config.method == "doremi":
+        from regmix_search.doremi import main_mixtures
+
+        return main_mixtures(search)
     import numpy as np
 
     from regmix_search.fits import fit_chosen
@@ -106,13 +112,13 @@ def mixture_weights(search: Search) -> dict[str, dict[str, float]]:
     return {"optimal": optimum["weights"], "best_single": made[best], **made}
 
 
-def run_all(search: Search, runs: Sequence[MainRun], total: int) -> dict[str, str]:
+def run_all(search: Search, runs: Sequence[MainRun], total: int, label: str = "models") -> dict[str, str]:
     """Trains the runs, several at a time, and waits; name -> reason of those that failed. Stops them on the way out."""
     failed: dict[str, str] = {}
     waiting, running = list(runs), dict[subprocess.Popen[bytes], MainRun]()
     workers, start = search.workers(search.config.train.workers), total - len(runs)
     ended = tokens = 0
-    with Progress("models", search.stream) as progress, _stopping(running):
+    with Progress(label, search.stream) as progress, _stopping(running):
         while waiting or running:  # every round: fill the workers, show, collect
             while waiting and len(running) < workers:
                 run = waiting.pop(0)
@@ -132,14 +138,14 @@ def run_all(search: Search, runs: Sequence[MainRun], total: int) -> dict[str, st
 
 
 def main_config(search: Search, run: MainRun) -> Config:
-    """The config of one run: train.main with its seed, folder and threads filled in."""
-    main, threads = search.config.train.main, search.config.proxies.threads
+    """The config of one run: train.main, or its own, with its seed, folder and threads filled in."""
+    main, threads = run.config or search.config.train.main, search.config.proxies.threads
     return dataclasses.replace(
         main, name=run.folder.name, out_dir=str(run.folder.resolve()), seed=run.seed, threads=main.threads or threads
     )
 
 
-def _prepare(search: Search, run: MainRun) -> None:
+def prepare(search: Search, run: MainRun) -> None:
     """Writes what the run is launched with; a folder of a run on other settings or data is moved aside, not deleted."""
     from megatron_lite.data.mixture import Mixture
     from megatron_lite.resume import identity
@@ -147,6 +153,7 @@ def _prepare(search: Search, run: MainRun) -> None:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     config, inventory = main_config(search, run), search.inventory
     inputs = {"config": identity(to_dict(config)), "weights": run.weights, "shards": inventory.digest}
+    inputs |= {"after": run.after} if run.after else {}
     if read_record(run.beside(".inputs.json")) != inputs:
         if run.folder.exists():
             old = next(p for n in count(1) if not (p := run.beside(f".old-{n}")).exists())

@@ -51,6 +51,7 @@ TABLES = (
     ),
 )
 ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "scales", "train", "report")
+DOREMI = ("corpus", "tokenizer", "shards", "doremi", "train", "report")  # method: doremi
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
     parser.add_argument("--preset", metavar="NAME", help="NAME.yaml beside the config instead of it, e.g. smoke")
-    stages = ("all", *ORDER, "status")
+    stages = ("all", *ORDER, "doremi", "status")
     parser.add_argument("--stage", choices=stages, default="all", help="one of them (default: all); status only looks")
     parser.add_argument("--join", action="store_true", help="train proxies of a search that runs here or elsewhere")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
@@ -109,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         search = Search(config, sys.stderr if args.json else sys.stdout)
         if args.dry_run:
-            from regmix_search.budget import describe
+            from regmix_search import budget, doremi
 
-            print(describe(search))
+            print((doremi if config.method == "doremi" else budget).describe(search))
             return 0
         if args.join:
             search.say(stages.join(search))
@@ -177,10 +178,14 @@ def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Sta
         "fit": stages.fit,
         "optimize": stages.optimize,
         "scales": _scales,
+        "doremi": _doremi,
         "train": retrain.train,
-        "report": stages.report,
+        "report": _doremi_report if search.config.method == "doremi" else stages.report,
     }
-    names = ORDER if args.stage == "all" else (args.stage,)
+    order = DOREMI if search.config.method == "doremi" else ORDER
+    if args.stage not in ("all", *order):
+        raise ValueError(f"--stage {args.stage}: method={search.config.method} has the stages {', '.join(order)}")
+    names = order if args.stage == "all" else (args.stage,)
     return [lambda name=name: build[name](search) for name in names]  # type: ignore[misc]
 
 
@@ -188,6 +193,18 @@ def _scales(search: Search, space: Path | None = None) -> Stage | None:
     from regmix_search.scale_stage import scales  # numpy: --help starts without it
 
     return scales(search, space)
+
+
+def _doremi(search: Search) -> Stage:
+    from regmix_search.doremi import doremi  # numpy: --help starts without it
+
+    return doremi(search)
+
+
+def _doremi_report(search: Search) -> Stage:
+    from regmix_search.report.doremi import report
+
+    return report(search)
 
 
 def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:

@@ -103,6 +103,7 @@ def settings(config: SearchConfig) -> dict[str, Any]:
     written = to_dict(config)
     proxy = {key: value for key, value in written["proxy"].items() if key not in NOT_COMPARED}
     proxy["seq_length"] = config.proxy.data.seq_length
+    del proxy["reweighting"]  # doremi's; trials from before there was this key stay valid
     own_text = [] if config.shards.data_dir else ["corpus", "tokenizer"]
     kept = {key: written[key] for key in ("seed", "shards", "mixtures", *own_text)}
     places = (("shards", "data_dir"), ("corpus", "dir"))  # folders may move: their content has a digest of its own

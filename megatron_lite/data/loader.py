@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.data.batch import Batch, DocumentOptions, Rows
+from megatron_lite.data.batch import Batch, DocumentOptions, IntArray, Rows
 from megatron_lite.data.evalset import EvalSet
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.megatron_order import MegatronOptions, build_megatron
@@ -152,6 +152,11 @@ class BlendedLoader:
             blend, first, start = self.blend.at(step * self.global_batch_size)
             rows: Rows = self._gather.step(blend, first, start, self.global_batch_size, self._mine)
         return rows.split(self.micro_batch_size)
+
+    def drawn(self, step: int) -> tuple[IntArray, IntArray]:
+        """Domain index and ordinal of this rank's samples of a step, in the order of its micro-batches."""
+        domain, ordinal = self.blend.draw(step * self.global_batch_size, self.global_batch_size)
+        return domain[self._mine].astype(np.int64), ordinal[self._mine]
 
     def realised(self, consumed_samples: int) -> dict[str, int]:
         """Samples drawn from each domain among the first `consumed_samples`."""
