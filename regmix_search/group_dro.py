@@ -178,31 +178,24 @@ def heldout_excess(run: Run, targets: dict[str, float]) -> tuple[list[float], li
 
 def check(run: Run) -> None:
     """ValueError for settings that mean nothing together, or not with this mixture."""
-    config, mixture, names = run.config.reweighting, run.mixture, set(run.loader.names)
+    config, names, valid = run.config.reweighting, run.loader.names, {one.name for one in run.eval_sets}
     assert config is not None
-    given = (config.objective, config.update_order)
-    valid = {one.name for one in run.eval_sets}
-    wrong = {
-        f"eta={config.eta} must be above 0": not config.eta > 0,
-        f"smoothing={config.smoothing} must lie in [0, 1)": not 0 <= config.smoothing < 1,
-        "reference or targets: set the one or the other": bool(config.reference) == bool(config.targets),
-        "targets change what is sampled: set sampling_every": bool(config.targets) and not config.sampling_every,
-        f"targets: name {', '.join(sorted(names))}, each with a validation set": bool(config.targets)
-        and (config.targets.keys() != names or not names <= valid),
-        "objective and update_order are of a weighted loss: leave them out with sampling_every": bool(
-            config.sampling_every
-        )
-        and given != ("group_mean", "lagged"),
-        f"sampling_every={config.sampling_every} must be at least 0": config.sampling_every < 0,
-        "max_epochs: what sampling_every will draw is not known: take the caps out of the mixture": bool(
-            config.sampling_every
-        )
-        and any(domain.max_epochs is not None for domain in mixture.domains),
-        "every domain is drawn from start to end: remove phases, and domains of weight 0": bool(run.config.phases)
-        or min(mixture.weights) == 0,
-    }
-    for text, is_so in wrong.items():
-        if is_so:
+    every, targets = config.sampling_every, config.targets
+    named = targets.keys() == set(names) and valid.issuperset(names)
+    capped = any(domain.max_epochs is not None for domain in run.mixture.domains)
+    weighting = (config.objective, config.update_order) != ("group_mean", "lagged")
+    for wrong, text in (
+        (not config.eta > 0, f"eta={config.eta} must be above 0"),
+        (not 0 <= config.smoothing < 1, f"smoothing={config.smoothing} must lie in [0, 1)"),
+        (every < 0, f"sampling_every={every} must be at least 0"),
+        (bool(config.reference) == bool(targets), "reference or targets: set the one or the other"),
+        (targets and not every, "targets change what is sampled: set sampling_every"),
+        (targets and not named, f"targets: name {', '.join(names)}, each with a validation set"),
+        (every and weighting, "objective and update_order are of a weighted loss, sampling_every weights none"),
+        (every and capped, "max_epochs: what sampling_every will draw is not known: take the caps out of the mixture"),
+        (run.config.phases or min(run.mixture.weights) == 0, "remove phases, and domains of weight 0: all are drawn"),
+    ):
+        if wrong:
             raise ValueError(f"reweighting: {text}")
 
 

@@ -78,7 +78,8 @@ class StoredLosses:
         """See Reference."""
         drawn = zip(*(x.tolist() for x in run.loader.drawn(run.step)), strict=True)
         losses = torch.from_numpy(np.stack([self.rows[domain][ordinal] for domain, ordinal in drawn]))
-        for batch, losses_BT in zip(micro_batches, losses.split(len(micro_batches[0].domain_B)), strict=True):
+        parts = torch.split(losses, len(micro_batches[0].domain_B))
+        for batch, losses_BT in zip(micro_batches, parts, strict=True):
             batch.reference_BT = losses_BT.to(run.mesh.device)
 
 

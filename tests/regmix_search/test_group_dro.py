@@ -18,6 +18,7 @@ from megatron_lite.run import Run, build, resolve
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import train
 from regmix_search.group_dro import DomainWeights, GroupDRO, collapse, loss_weights, update
+from regmix_search.reference import store
 from tests.test_train import last_state
 
 UNIFORM = {"a": 1.0, "b": 1.0, "c": 1.0}
@@ -247,7 +248,7 @@ def test_two_pass_is_algorithm_1(tmp_path, shards):
         (batch,) = run.loader.step(0)
         dro.prepare(run, [batch])
         here = token_losses(run.engine.module, batch, torch.device("cpu"), run.engine.autocast)
-        there = token_losses(dro.reference, batch, torch.device("cpu"), run.engine.autocast)
+        there = token_losses(dro.reference.model, batch, torch.device("cpu"), run.engine.autocast)
         over = [(here - there)[batch.domain_B == i].clamp_min(0).mean().item() for i in range(3)]
         paper = stepped([1 / 3] * 3, over)
         counts = torch.bincount(batch.domain_B, minlength=3)
@@ -257,7 +258,7 @@ def test_two_pass_is_algorithm_1(tmp_path, shards):
         run.engine.forward_backward([batch], 256.0, sums)
         dro.observe(run, sums)
         np.testing.assert_allclose(dro.state.weights, paper, rtol=1e-6)
-        assert dro.state.updates == 1 and min(over) > 0 and not dro.reference.training
+        assert dro.state.updates == 1 and min(over) > 0 and not dro.reference.model.training
 
 
 def test_a_masked_and_an_absent_domain_leave_no_trace(tmp_path, shards):
@@ -272,15 +273,34 @@ def test_a_masked_and_an_absent_domain_leave_no_trace(tmp_path, shards):
     assert np.isfinite(dro.state.weights).all() and dro.state.weights[1] == min(dro.state.weights)
 
 
-def test_what_a_run_cannot_mean_is_refused(tmp_path, shards):
-    with pytest.raises(ValueError, match=r"reweighting.eta=0.*above 0"):
-        train(config_of(shards, tmp_path, "reweighting.eta=0"), uniform(shards), GroupDRO)
-    with pytest.raises(ValueError, match="domains of weight 0"):
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["reweighting.eta=0"], r"reweighting: eta=0.0 must be above 0"),
+        (["reweighting.smoothing=1"], r"reweighting: smoothing=1.0 must lie in \[0, 1\)"),
+        (["reweighting={reference: ''}"], "reweighting: reference or targets"),
+        (
+            ["reweighting={reference: '', targets: {a: 1.0, b: 1.0, c: 1.0}}"],
+            "reweighting: targets change what is sampled",
+        ),
+        (["reweighting={reference: '', targets: {a: 1.0}, sampling_every: 2}"], "reweighting: targets: name a, b, c"),
+        (["reweighting.sampling_every=2", "reweighting.update_order=two_pass"], "sampling_every weights none"),
+        (["model.num_layers=3"], r"reweighting.reference=.*model.num_layers: 3 -> 2"),
+    ],
+)
+def test_what_a_run_cannot_mean_is_refused(tmp_path, shards, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        train(config_of(shards, tmp_path, *overrides), uniform(shards), GroupDRO)
+
+
+def test_a_mixture_that_cannot_be_reweighted_is_refused(tmp_path, shards):
+    with pytest.raises(ValueError, match="remove phases, and domains of weight 0"):
         train(config_of(shards, tmp_path), uniform(shards).with_weights({"a": 1, "b": 1}), GroupDRO)
-    with pytest.raises(ValueError, match=r"reweighting.reference=.*model.num_layers: 3 -> 2"):
-        train(config_of(shards, tmp_path, "model.num_layers=3"), uniform(shards), GroupDRO)
     with pytest.raises(ValueError, match=r"start this run with launch/pretrain\.py"):
         train(config_of(shards, tmp_path), uniform(shards))
+    capped = Mixture.from_weights(UNIFORM, shards, max_epochs=4.0)
+    with pytest.raises(ValueError, match="take the caps out of the mixture"):
+        train(config_of(shards, tmp_path, "reweighting.sampling_every=2"), capped, GroupDRO)
 
 
 def test_a_run_that_collapses_says_so_once(tmp_path, shards):
@@ -295,3 +315,107 @@ def test_ranks_that_disagree_are_found(tmp_path, shards, monkeypatch):
     monkeypatch.setattr(Mesh, "from_main", lambda self, value: value ^ 1)  # as if rank 0 had other bits
     with pytest.raises(AssertionError, match="ranks differ"):
         dro.values(run)
+
+
+PUBLISHED = "sampling_every: 3, smoothing: 0, smooth_to: sampling"
+TARGETS = f"reweighting={{reference: '', targets: {{a: 3.0, b: 2.0, c: 9.0}}, {PUBLISHED}}}"
+
+
+def test_dynamic_batch_loading_is_its_published_formula(tmp_path, shards):
+    """w * exp(max(held-out loss - target, 0)), normalised, every 3 steps; drawn from the next step on."""
+    config = config_of(shards, tmp_path, TARGETS, "eval.every=1", "checkpoint.every=8")
+    start = Mixture.from_weights({"a": 0.2, "b": 0.3, "c": 0.5}, shards)
+    result = train(config, start, GroupDRO)
+    held = {row["step"]: [row[f"valid/{d}/loss"] for d in "abc"] for row in read_jsonl(tmp_path / "evals.jsonl")}
+    stages = json.loads((tmp_path / "step_0000008/state.json").read_text())["data"]["stages"]
+    expected, average = np.array([0.2, 0.3, 0.5]), []
+    assert [stage["first_step"] for stage in stages] == [0, 3, 6]
+    for stage in stages[1:]:
+        expected = expected * np.exp(np.maximum(np.array(held[stage["first_step"]]) - [3, 2, 9], 0))
+        expected /= expected.sum()
+        average.append(expected)
+        np.testing.assert_allclose([stage["weights"][d] for d in "abc"], expected, rtol=1e-6)
+    assert list(result.domain_weights.values()) == pytest.approx(np.mean(average, 0).tolist())
+    assert expected[1] > 0.5 > 0.1 > expected[2], "the one far above its target grows, the one below it shrinks"
+    data = json.loads((tmp_path / "data.json").read_text())["stages"][2]["domains"]
+    assert data["b"]["realised"] == pytest.approx(expected[1], abs=1.5 / 32), "and is drawn"
+
+
+@pytest.mark.parametrize("setting", [TARGETS, "reweighting.sampling_every=3"])
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_that_changes_what_it_samples_resumes_bitwise(tmp_path, shards, setting, step):
+    options = (setting, "checkpoint={every: 1, keep: 99}")
+    expected = trajectory(str(shards), f"{tmp_path}/run", *options)
+    state, params = state_of(tmp_path / "run"), last_state(tmp_path / "run")
+    data = (tmp_path / "run/data.json").read_text()
+    assert len({tuple(row[:3]) for row in expected}) == 3, "the start and two changes"
+    for folder in tmp_path.glob("run/step_*"):
+        if int(folder.name[-7:]) > step:
+            shutil.rmtree(folder)
+    (tmp_path / "run/result.json").unlink()
+    assert trajectory(str(shards), f"{tmp_path}/run", *options) == expected and state_of(tmp_path / "run") == state
+    again = last_state(tmp_path / "run")
+    assert all(torch.equal(again[key], params[key]) for key in params)
+    assert (tmp_path / "run/data.json").read_text() == data
+
+
+def test_excess_over_a_model_changes_what_is_sampled_by_the_sums_of_the_window(tmp_path, shards):
+    config = config_of(shards, tmp_path, "reweighting.sampling_every=4", "reweighting.smoothing=0")
+    train(config, uniform(shards), GroupDRO)
+    rows, loader = read_jsonl(tmp_path / "metrics.jsonl"), resolve(config, uniform(shards), Mesh.from_env())[0]
+    sums, tokens = np.zeros(3), np.zeros(3)
+    for step, row in enumerate(rows[:4]):
+        drawn = np.bincount(loader.drawn(step)[0], minlength=3) * 16
+        tokens, sums = tokens + drawn, sums + drawn * [row[f"excess/{d}"] for d in "abc"]
+    expected = np.exp(sums / tokens) / np.exp(sums / tokens).sum()
+    np.testing.assert_allclose([rows[4][f"weight/{d}"] for d in "abc"], expected, rtol=1e-6)
+
+
+def stored(shards: str, out: str, *overrides: str) -> str:
+    config = config_of(Path(shards), Path(out) / "unused", *overrides)
+    return store(config, uniform(Path(shards)), Path(out))
+
+
+@pytest.mark.parametrize("order", ["lagged", "two_pass"])
+def test_stored_losses_give_the_weights_of_a_second_forward(tmp_path, shards, order, capsys):
+    order = f"reweighting.update_order={order}"
+    expected = trajectory(str(shards), f"{tmp_path}/model", order)
+    assert "FLOPs saved" in stored(str(shards), f"{tmp_path}/losses", "batch.micro_batch_size=4")
+    capsys.readouterr()
+    reads = (order, f"reweighting.reference={tmp_path}/losses", "batch.micro_batch_size=8")
+    np.testing.assert_allclose(trajectory(str(shards), f"{tmp_path}/read", *reads), expected, rtol=1e-6)
+    share = "20% of a run" if "two_pass" in order else "25% of a run"
+    assert share in capsys.readouterr().out
+    with np.errstate(all="raise"):  # what is read is what decides
+        np.memmap(tmp_path / "losses/b.f32", "<f4", "r+")[:] += 1.0
+    assert trajectory(str(shards), f"{tmp_path}/other", *reads)[-1][1] < expected[-1][1] - 0.01
+
+
+@pytest.mark.slow
+def test_two_ranks_store_and_read_what_one_does(tmp_path, shards):
+    stored(str(shards), f"{tmp_path}/one")
+    run_distributed(stored, 2, str(shards), f"{tmp_path}/two", "batch.micro_batch_size=4")
+    for name in "abc":
+        one, two = (np.fromfile(tmp_path / f"{who}/{name}.f32", "<f4") for who in ("one", "two"))
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+    expected = trajectory(str(shards), f"{tmp_path}/model")
+    read = (f"reweighting.reference={tmp_path}/two", "batch.micro_batch_size=4")
+    run = run_distributed(trajectory, 2, str(shards), f"{tmp_path}/read", *read)
+    np.testing.assert_allclose(run[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("seed=5", "seed"), ("schedule.total_tokens=4096", "rows"), ("data.seq_length=8", "seq_length")],
+)
+def test_losses_of_other_samples_are_refused(tmp_path, shards, change, named):
+    stored(str(shards), f"{tmp_path}/losses")
+    with pytest.raises(ValueError, match=rf"other samples than this run's: .*{named}.* differ"):
+        trajectory(str(shards), f"{tmp_path}/run", f"reweighting.reference={tmp_path}/losses", change)
+
+
+def test_a_shorter_run_reads_the_losses_of_a_longer_one(tmp_path, shards):
+    stored(str(shards), f"{tmp_path}/losses", "schedule.total_tokens=4096")
+    expected = trajectory(str(shards), f"{tmp_path}/model")
+    read = trajectory(str(shards), f"{tmp_path}/read", f"reweighting.reference={tmp_path}/losses")
+    np.testing.assert_allclose(read, expected, rtol=1e-6)
