@@ -75,11 +75,7 @@ def one_round(search: Search, number: int, weights: dict[str, float]) -> dict[st
     proxy_config, folder, seed = search.config.proxy, search.out / "doremi", search.config.seed
     steps = resolve(proxy_config, vocabulary(search, search.inventory)).total_steps
     every = proxy_config.checkpoint.every or max(1, steps // CHECKPOINTS)
-    config = dataclasses.replace(
-        proxy_config,
-        checkpoint=dataclasses.replace(proxy_config.checkpoint, every=every),
-        log=dataclasses.replace(proxy_config.log, console=False),
-    )
+    config = dataclasses.replace(proxy_config, checkpoint=dataclasses.replace(proxy_config.checkpoint, every=every))
     reference = MainRun("reference", seed, weights, folder / f"round-{number}-reference", config)
     trained = _train(search, reference)
     doing = dataclasses.replace(search.config.doremi.reweighting, reference=str(reference.folder.resolve()))

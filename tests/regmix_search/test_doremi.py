@@ -32,7 +32,7 @@ def config_file(folder: Path) -> Path:
     """A search by DoReMi on tiny shards, with proxies of 10 steps; written to a file, as a user would."""
     if not (folder / "shards").exists():
         write_tiny_shards(folder / "shards")
-    run = to_dict(tiny_config(folder))
+    run = to_dict(tiny_config(folder, "log.console=true"))
     search = {
         "name": "tiny",
         "method": "doremi",

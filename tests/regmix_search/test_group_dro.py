@@ -50,6 +50,15 @@ def test_the_published_worked_example():
     np.testing.assert_allclose(stepped(first, excess), [0.45045, 0.30211, 0.24744], atol=1e-5)
 
 
+def test_equal_excess_leaves_uniform_weights_and_none_falls_below_the_floor():
+    assert stepped([0.25] * 4, [1.7] * 4) == pytest.approx([0.25] * 4, abs=1e-16)
+    weights = [0.25] * 4
+    for _ in range(300):
+        weights = stepped(weights, [3.0, 0.0, 0.0, 0.0])
+        assert sum(weights) == pytest.approx(1, abs=1e-15) and min(weights) >= 1e-3 / 4
+    assert weights[0] > 0.999 - 1e-9
+
+
 def test_the_answer_is_the_mean_of_the_weights_after_each_update():
     state, seen = DomainWeights([0.5, 0.5], [0.0, 0.0]), []
     for excess in ([0.1, 0.0], [0.0, 0.4], [0.2, 0.2]):

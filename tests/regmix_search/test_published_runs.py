@@ -169,3 +169,16 @@ def test_auto_covers_nine_tenths_of_the_13_losses(n: int, train: Runs) -> None:
     print({name: round(value, 3) for name, value in covered.items()})
     assert 0.87 <= np.mean(list(covered.values())) <= 0.93
     assert all(0.85 - (n == 64) * 0.05 <= value <= 0.95 + (n == 64) * 0.03 for value in covered.values())
+
+
+def test_doremis_published_weights_are_complete() -> None:
+    """All 22 domains of the Pile, as printed: their sums differ from 1 by rounding alone."""
+    folder = Path(__file__).resolve().parents[2] / "configs/mixture"
+    written = {
+        name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["train"]
+        for name in ("pile_baseline", "doremi_280M", "doremi_120M", "doremi", "human")
+    }
+    for name in ("pile_baseline", "doremi_280M", "doremi_120M"):
+        assert len(written[name]) == 22 and sum(written[name].values()) == pytest.approx(1, abs=2e-4), name
+    for seventeen, whole in (("doremi", "doremi_280M"), ("human", "pile_baseline")):
+        assert written[seventeen].items() <= written[whole].items(), "RegMix took 17 of them"
