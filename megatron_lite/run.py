@@ -30,7 +30,9 @@ from megatron_lite.weights import initial_weights
 class Reweighting(Protocol):
     """What changes how much domains count while a run goes on; every rank has one (regmix_search/group_dro.py)."""
 
-    weights: dict[str, float]  # the answer so far, by domain
+    @property
+    def weights(self) -> dict[str, float]:
+        """The answer so far, by domain."""
 
     def prepare(self, run: Run, micro_batches: Sequence[Batch]) -> None:
         """Before a step's backward: sets ``weight_B`` and ``reference_BT`` of its micro-batches."""
