@@ -46,7 +46,7 @@ def refit(objective: Objective, terms: Mapping[str, float], runs: Runs, seed: in
     for i in range(count):
         rows = np.random.default_rng([seed, zlib.crc32(b"bootstrap"), i]).integers(n, size=n)
         models = [
-            (share, build_surrogate(model.name).fit(runs.weights[rows], runs.losses[target][rows], seed))
+            (share, build_surrogate(model.name, runs.once).fit(runs.weights[rows], runs.losses[target][rows], seed))
             for (share, model), target in zip(objective.terms, terms, strict=True)
         ]
         refits.append(replace(objective, terms=tuple(models)))

@@ -14,17 +14,19 @@ import numpy.typing as npt
 from regmix_search.gp import Average, GaussianProcess, LawProcess
 from regmix_search.laws import Effective
 from regmix_search.posterior import check_runs
+from regmix_search.repeats import EffectiveRepeats
 from regmix_search.space import FloatArray
 from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
 from regmix_search.trees import LightGBM
 
 POOR_SPEARMAN = 0.5  # below this, half of the ranking is noise
-PARTS_FIRST = ("linear", "loglinear", "lightgbm", "effective", "power", "gp", "effective_gp", "average")
+COMPOUND = {LawProcess.name: 1, Average.name: 2}  # made of others, and of each other in this order
 TIE = 2.0  # standard errors within which cross-validation cannot tell two candidates apart
 DROP = 2.0  # standard errors behind the best after which a candidate runs no more folds: trees take most of the time
 RACE_FROM = 60  # out-of-fold runs before any candidate is dropped
 FEW = 128  # distinct mixtures up to which folds are drawn three times
 Folds = npt.NDArray[np.int64]
+Models = Mapping[str, Surrogate]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ def cross_validate(
     Raises ValueError with fewer than 2 different mixtures.
     """
     weights, losses = check_runs(weights, losses)
-    trials = [_run_folds([name], weights, losses, fold, seed) for fold in _folds(weights, folds, repeats, seed)]
+    trials = [_run_folds([name], weights, losses, fold, seed, None) for fold in _folds(weights, folds, repeats, seed)]
     return _gather(name, losses, trials)
 
 
@@ -101,19 +103,16 @@ def _folds(weights: FloatArray, folds: int, repeats: int, seed: int) -> list[Fol
 
 
 def _fit_all(
-    names: Sequence[str],
-    weights: FloatArray,
-    losses: FloatArray,
-    seed: int,
-    like: Mapping[str, Surrogate] | None = None,
+    names: Sequence[str], weights: FloatArray, losses: FloatArray, seed: int, like: Models, once: FloatArray | None
 ) -> dict[str, Surrogate]:
     """Every surrogate fitted once; the compound ones are made of those that are there.
 
     like: fits to more of the same runs. Laws start from them, processes keep their hyperparameters.
     """
     models: dict[str, Any] = {}
-    for name in sorted(names, key=PARTS_FIRST.index):
-        model, lent = build_surrogate(name), (like or {}).get(name)
+    for name in sorted(names, key=lambda name: COMPOUND.get(name, 0)):
+        lent = like.get(name)
+        model = build_surrogate(name, getattr(lent, "once", once))
         if isinstance(model, Average) and {LawProcess.name, GaussianProcess.name} <= models.keys():
             model.law, model.process = models[LawProcess.name], models[GaussianProcess.name]
         elif isinstance(model, LawProcess):
@@ -136,13 +135,15 @@ def _predict_all(models: Mapping[str, Surrogate], weights: FloatArray) -> dict[s
     return found
 
 
-def _run_folds(names: Sequence[str], weights: FloatArray, losses: FloatArray, fold: Folds, seed: int) -> _Trial:
+def _run_folds(
+    names: Sequence[str], weights: FloatArray, losses: FloatArray, fold: Folds, seed: int, once: FloatArray | None
+) -> _Trial:
     """Outer folds in turn. A candidate that falls behind by DROP standard errors runs no more of them."""
     predicted, deviation = ({name: np.full(len(losses), np.nan) for name in names} for _ in range(2))
     alive, models = list(names), []
     for i in range(int(fold.max()) + 1):
         out = fold == i
-        models.append(_fit_all(alive, weights[~out], losses[~out], seed))
+        models.append(_fit_all(alive, weights[~out], losses[~out], seed, {}, once))
         for name, found in _predict_all(models[-1], weights[out]).items():
             predicted[name][out], deviation[name][out] = found, models[-1][name].deviation(weights[out])
         seen = fold <= i
@@ -180,7 +181,7 @@ def _nest(
             inner = trial.fold == j
             train = ~out & ~inner
             if j != i and train.sum() >= 2:
-                fitted = _fit_all(trial.alive, weights[train], losses[train], seed, models)
+                fitted = _fit_all(trial.alive, weights[train], losses[train], seed, models, None)
                 for name, found in _predict_all(fitted, weights[inner]).items():
                     errors[name][inner] = (found - losses[inner]) ** 2
         judged = {name: found[np.isfinite(found)] for name, found in errors.items()}
@@ -211,20 +212,22 @@ def choose(
     folds: int = 5,
     repeats: int | None = None,
     larger: bool = False,
+    once: FloatArray | None = None,
 ) -> Choice:
     """Picks a surrogate by cross-validated squared error: the best, or a safer one that ties with it.
 
     larger: the mixture is for a larger model than these runs, to which the detail that a process learns does not carry
     over: then the smoothest that ties, by the order of SURROGATES. Standard errors are of paired differences over runs.
+    once [k]: weights at which a run has read each domain once; without runs above it no candidate counts epochs.
     repeats None: 3 up to 128 mixtures, 1 above. ValueError for no names, or runs of a single mixture.
     """
     weights, losses = check_runs(weights, losses)
     mixtures = int(group_mixtures(weights).max()) + 1
-    names = _affordable(names, mixtures)
+    names = _affordable(names, mixtures, once is not None and bool((weights > once).any()))
     repeats = repeats or (3 if mixtures <= FEW else 1)
     trials, left = [], list(names)
     for fold in _folds(weights, folds, repeats, seed):
-        trials.append(_run_folds(left, weights, losses, fold, seed))
+        trials.append(_run_folds(left, weights, losses, fold, seed, once))
         left = trials[-1].alive
     results = {n: _gather(n, losses, [t for t in trials if n in t.predicted]) for n in names}
     errors = {n: results[n].errors for n in left}
@@ -248,12 +251,13 @@ def choose(
     )
 
 
-def _affordable(names: Sequence[str], mixtures: int) -> Sequence[str]:
-    """Without trees where the folds are too small for them, unless nothing else was asked for."""
+def _affordable(names: Sequence[str], mixtures: int, repeated: bool) -> Sequence[str]:
+    """Without trees where folds are too small, and epochs where nothing repeats, unless nothing else was asked for."""
     if not names:
         raise ValueError(f"no surrogates to choose from; there are {', '.join(SURROGATES)}")
     few = mixtures * 3 // 5 < LightGBM.NEEDS  # two of five folds are out
-    return [n for n in names if not (few and n == LightGBM.name)] or names
+    idle = {LightGBM.name: few, EffectiveRepeats.name: not repeated}
+    return [n for n in names if not idle.get(n)] or names
 
 
 def _mean_error(losses: FloatArray, fold: Folds) -> float:

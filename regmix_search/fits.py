@@ -102,7 +102,7 @@ def fit_targets(
     check_runs_tell(train, names, fixed)
     wanted, warnings = list(dict.fromkeys([*goal.shares, *others])), []
 
-    tasks = [(train, held, name, (names, seed, folds, repeats, larger)) for name in wanted]
+    tasks = [(train, held, name, (names, seed, folds, repeats, larger, train.once)) for name in wanted]
     if min(workers, len(wanted)) > 1:
         spawn = multiprocessing.get_context("spawn")  # fork would copy thread pools in unknown state
         with ProcessPoolExecutor(min(workers, len(wanted)), spawn, threadpool_limits, (1,)) as pool:
@@ -133,7 +133,7 @@ def fit_targets(
 def fit_chosen(runs: Runs, fit: Mapping[str, Any], name: str, surrogate: str | None = None) -> Surrogate:
     """The surrogate that fit.json chose for a target (or another, by name), fitted to the rows it was chosen on."""
     train = runs.select(fit["train_index"])
-    built = build_surrogate(surrogate or fit["targets"][name]["chosen"])
+    built = build_surrogate(surrogate or fit["targets"][name]["chosen"], runs.once)
     return built.fit(train.weights, train.losses[name], fit["seed"])
 
 
@@ -141,7 +141,7 @@ def _fit_target(train: Runs, held: Runs, name: str, how: tuple[Any, ...]) -> tup
     """A target's entry in fit.json, and its warnings. how: what `choose` takes after the losses."""
     losses = train.losses[name]
     choice = choose(train.weights, losses, *how)
-    model = build_surrogate(choice.chosen).fit(train.weights, losses, how[1])
+    model = build_surrogate(choice.chosen, train.once).fit(train.weights, losses, how[1])
     entry = {
         "chosen": choice.chosen,
         "why": choice.why,

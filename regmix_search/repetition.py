@@ -13,11 +13,14 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regmix_search.freshness import Stage, bring_up_to_date
 from regmix_search.inventory import Inventory
 from regmix_search.search import Search
+
+if TYPE_CHECKING:
+    from regmix_search.tables import Runs  # numpy: --help starts without it
 
 FEWER = 0.9  # a proxy that sees this share of the target's epochs, or more, matches: samples and steps are rounded
 ENDS = (".bin", ".idx", ".meta.json")
@@ -69,6 +72,19 @@ def exposure(search: Search, inventory: Inventory) -> Exposure:
     target, proxy = config.run_tokens, config.proxy.schedule.total_tokens
     read = match(tokens, target, proxy, config.proxy.data.seq_length) if config.shards.match_repetition else tokens
     return Exposure(target, proxy, tokens, read)
+
+
+def with_epochs(search: Search, runs: Runs) -> Runs:
+    """The runs of a search, with the weights at which they have read each domain once.
+
+    Not known, and left out, where an earlier search's runs are among them: those repeated at other weights.
+    """
+    import numpy as np
+
+    if (search.out / "earlier_losses.csv").is_file():
+        return runs
+    seen = exposure(search, search.inventory)
+    return replace(runs, once=np.array([seen.proxy_domains[domain] for domain in runs.domains]) / seen.proxy_tokens)
 
 
 def match(tokens: Mapping[str, int], target_tokens: int, proxy_tokens: int, seq_length: int) -> dict[str, int]:

@@ -21,6 +21,7 @@ from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.freshness import Stage, digest, read_json, read_record
 from regmix_search.ledger import Counts
 from regmix_search.progress import Progress
+from regmix_search.repetition import with_epochs
 from regmix_search.search import Search
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
@@ -105,7 +106,7 @@ def mixture_weights(search: Search) -> dict[str, dict[str, float]]:
     out, target = search.out, search.config.fit.target
     digest(out / "optimum.json", "optimize")
     space, optimum = Space.from_json(read_json(out / "space.json")), read_json(out / "optimum.json")
-    runs = search_runs(out)
+    runs = with_epochs(search, search_runs(out))
     alone = fit_chosen(runs, read_json(out / "fit.json"), target).predict(np.eye(len(space.domains)))
     best = f"single({space.domains[int(np.argmin(alone))]})"
     made = {name: space.named(row) for name, row in controls(space).items()}

@@ -15,7 +15,7 @@ from regmix_search.drivers import Driver
 from regmix_search.freshness import Stage, digest, read_json, read_record
 from regmix_search.ledger import Kind, Ledger, Trial, replay
 from regmix_search.progress import Progress
-from regmix_search.repetition import exposure, proxy_shards
+from regmix_search.repetition import exposure, proxy_shards, with_epochs
 from regmix_search.search import Search
 
 # Keys of the proxy's config that do not change what is learned or measured (its data has a digest of its own).
@@ -216,7 +216,7 @@ def fit(search: Search) -> Stage:
         from regmix_search.reuse import search_runs
         from regmix_search.solution import fit_runs
 
-        runs, finished = search_runs(out), replay(out / "trials.jsonl").finished
+        runs, finished = with_epochs(search, search_runs(out)), replay(out / "trials.jsonl").finished
         held = [i for i in runs.index if isinstance(i, int) and finished.get(i, {}).get("kind") == "holdout"]
         return fit_runs(out, runs, held, search.config)
 
@@ -238,7 +238,7 @@ def optimize(search: Search) -> Stage:
         from regmix_search.solution import provenance, solve_runs
         from regmix_search.space import Space
 
-        runs = search_runs(out)
+        runs = with_epochs(search, search_runs(out))
         space = Space.from_json(read_json(out / "space.json"))
         optimum, text = solve_runs(out, space, runs, config, exposure(search, search.inventory))
         facts = provenance(config, optimum, out / "fit.json")

@@ -16,12 +16,23 @@ from scipy.stats import rankdata
 from regmix_search.gp import Average, GaussianProcess, LawProcess, Residual
 from regmix_search.laws import Effective, Linear, LogLinear, Power
 from regmix_search.posterior import Posterior
+from regmix_search.repeats import EffectiveRepeats
 from regmix_search.space import FloatArray
 from regmix_search.trees import LightGBM
 
 # In order of preference among surrogates that cross-validation cannot tell apart: a convex law extrapolates sanely,
 # has one exact optimum, and carries over to larger models best (on RegMix's 1B runs processes and trees fall behind).
-SURROGATES = ("effective", "power", "loglinear", "linear", "effective_gp", "average", "gp", "lightgbm")
+SURROGATES = (
+    "effective",
+    "power",
+    "effective_repeats",
+    "loglinear",
+    "linear",
+    "effective_gp",
+    "average",
+    "gp",
+    "lightgbm",
+)
 
 
 class Surrogate(Protocol):
@@ -51,13 +62,18 @@ class SmoothSurrogate(Surrogate, Protocol):
         """The weights [k] of lowest loss with 0 <= w <= caps [k] and sum 1."""
 
 
-def build_surrogate(name: str) -> Surrogate:
-    """An unfitted surrogate by name, one of SURROGATES. ValueError for another name."""
+def build_surrogate(name: str, once: FloatArray | None = None) -> Surrogate:
+    """An unfitted surrogate by name, one of SURROGATES. ValueError for another name.
+
+    once [k]: weights at which a run has read each domain once, for effective_repeats.
+    """
     match name:
         case "effective":
             return Effective()
         case "power":
             return Power()
+        case "effective_repeats":
+            return EffectiveRepeats(once)
         case "loglinear":
             return LogLinear()
         case "linear":

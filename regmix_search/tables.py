@@ -39,6 +39,7 @@ class Runs:
     losses: dict[str, FloatArray]  # target -> [n]
     unfinished: tuple[RunId, ...] = ()  # mixtures that had no losses, left out
     notes: tuple[str, ...] = ()  # what else was left out of the table, in words
+    once: FloatArray | None = None  # [k] weights at which a run has read each domain once; None: not known
 
     def select(self, index: Iterable[RunId]) -> Runs:
         """The runs with these indices, in the given order. Raises ValueError naming those that are not here."""
@@ -47,7 +48,8 @@ class Runs:
             raise ValueError(f"runs {some(unknown)} have no finished losses; there are {len(self.index)} finished runs")
         picks = [rows[i] for i in wanted]
         losses = {target: values[picks] for target, values in self.losses.items()}
-        return Runs(wanted, self.domains, self.weights[picks], losses, self.unfinished, self.notes)
+        more = (self.unfinished, self.notes, self.once)
+        return Runs(wanted, self.domains, self.weights[picks], losses, *more)
 
     def without(self, index: Iterable[RunId]) -> Runs:
         """All runs but these. Raises ValueError naming indices that are not here."""

@@ -8,7 +8,7 @@ from scipy.optimize import approx_fprime
 from regmix_search.laws import Effective, Power
 from regmix_search.surrogates import SmoothSurrogate, build_surrogate
 
-CONVEX = ("effective", "power", "loglinear", "linear")
+CONVEX = ("effective", "power", "effective_repeats", "loglinear", "linear")
 
 
 @pytest.fixture(params=CONVEX)

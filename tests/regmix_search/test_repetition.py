@@ -16,9 +16,10 @@ from megatron_lite.data.mixture import Mixture
 from megatron_lite.testing import write_tiny_shards
 from regmix_search import run as cli
 from regmix_search.config import load_search
-from regmix_search.repetition import Exposure, exposure, match, proxy_shards, write_subset
+from regmix_search.repetition import Exposure, exposure, match, proxy_shards, with_epochs, write_subset
 from regmix_search.search import Search
 from regmix_search.stages import settings
+from regmix_search.tables import Runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ["--config", str(ROOT / "configs/search/demo.yaml"), "--preset", "smoke"]
@@ -119,6 +120,19 @@ def test_a_domain_too_scarce_for_a_short_proxy_is_named_though_matching_is_on():
     assert "too little text" in seen.to_json({"a": 0.5, "b": 0.5})["warnings"][0]
 
 
+def test_fits_are_told_at_which_weight_proxies_begin_to_repeat(tmp_path):
+    search = search_over(tmp_path)
+    runs = Runs((0,), ("c", "a", "b"), np.full((1, 3), 1 / 3), {"a": np.ones(1)})
+    seen = exposure(search, search.inventory)
+    once = with_epochs(search, runs).once
+    assert [w * 2_048 / seen.proxy_domains[d] for d, w in zip(runs.domains, once, strict=True)] == pytest.approx(
+        [1] * 3
+    )
+    (search.out / "earlier_losses.csv").parent.mkdir(exist_ok=True)
+    (search.out / "earlier_losses.csv").touch()
+    assert with_epochs(search, runs).once is None, "an earlier search's proxies repeated at other weights"
+
+
 def test_dry_run_shows_epochs_of_target_and_proxy(tmp_path, capsys):
     write_tiny_shards(tmp_path / "data", documents=200)
     keys = [
@@ -141,7 +155,10 @@ def test_dry_run_shows_epochs_of_target_and_proxy(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_search_with_matched_repetition_says_so(tmp_path):
     keys = ("shards.match_repetition=true", "mixtures.count=8", "train.enabled=false", "mixtures.holdout=0")
+    keys += ("fit.surrogates=[power,effective_repeats]",)
     assert cli.main([*SMOKE, "--out", str(tmp_path), *(part for key in keys for part in ("--set", key))]) == 0
+    fit = json.loads((tmp_path / "fit.json").read_text())
+    assert "effective_repeats" in fit["targets"]["readme"]["candidates"]
     found = json.loads((tmp_path / "optimum.json").read_text())["repetition"]
     largest = max(found["epochs"].values(), key=lambda e: e["target"])
     assert largest["target"] > 1 and largest["proxy"] == pytest.approx(largest["target"], rel=0.05)

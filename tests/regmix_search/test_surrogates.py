@@ -18,7 +18,7 @@ from regmix_search.surrogates import (
     to_json,
 )
 
-CONVEX = ("effective", "power", "loglinear", "linear")
+CONVEX = ("effective_repeats", "effective", "power", "loglinear", "linear")
 
 
 @pytest.fixture(params=SURROGATES)
@@ -122,7 +122,7 @@ def test_bad_runs_are_refused(surrogate: Surrogate, weights: np.ndarray, losses:
 
 
 def test_an_unknown_surrogate_is_named() -> None:
-    with pytest.raises(ValueError, match="'svm' does not exist; there are effective, power, loglinear, linear"):
+    with pytest.raises(ValueError, match="'svm' does not exist; there are effective, power, effective_repeats, log"):
         build_surrogate("svm")
 
 
