@@ -7,7 +7,9 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,8 @@ SlurmdParameters=config_overrides
 JobRequeue=1
 KillWait=2
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 Port={slurmd} CPUs=4 RealMemory=8000
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 Port={slurmd} CPUs=4 RealMemory=8000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -45,7 +48,14 @@ def why_not() -> str:
     missing = [program for program in PROGRAMS if _find(program) is None]
     if missing:
         return f"no {', '.join(missing)} here (Debian: apt-get install slurm-wlm munge)"
-    return "" if os.geteuid() == 0 else "slurmd needs root"
+    if os.geteuid() != 0:
+        return "slurmd needs root"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _make_gpus(Path(folder))
+        except PermissionError:
+            return "devices may not be made here, and some stand for GPUs"
+    return ""
 
 
 @contextlib.contextmanager
@@ -55,6 +65,8 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "state").mkdir(parents=True)
     config = CONFIG.format(folder=folder, ctld=ctld, slurmd=slurmd, host=socket.gethostname().split(".")[0])
     (folder / "slurm.conf").write_text(config)
+    _make_gpus(folder)
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     (folder / "munge.key").write_bytes(secrets.token_bytes(64))
     (folder / "munge.key").chmod(0o400)
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -75,6 +87,11 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
             daemon.kill()
+
+
+def _make_gpus(folder: Path) -> None:
+    for gpu, minor in enumerate((3, 5)):  # /dev/null and /dev/zero: Slurm wants devices, and nobody opens them
+        os.mknod(folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, minor))
 
 
 def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:

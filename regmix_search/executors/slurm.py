@@ -80,9 +80,10 @@ class SlurmQueue:
         """Trials that ended. ValueError when sbatch refuses the first array: a wrong partition, account or option."""
         if self.queued and time.monotonic() >= self.submit_after:
             self._submit_queued()
-        end = time.monotonic() + timeout
-        while not (outcomes := self._collect()) and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.2))
+        outcomes = self._collect()
+        if not outcomes:
+            time.sleep(timeout)
+            outcomes = self._collect()
         return outcomes
 
     def close(self) -> None:

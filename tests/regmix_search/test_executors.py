@@ -20,13 +20,13 @@ import pytest
 from loopback_slurm import slurm_cluster, why_not
 from scripted import Scripted
 
-from regmix_search.config import SlurmConfig
+from regmix_search.config import ProxiesConfig, SlurmConfig
 from regmix_search.executors import Executor, Outcome
 from regmix_search.executors.local import LocalPool, visible_gpus
 from regmix_search.executors.slurm import SlurmQueue
 from regmix_search.ledger import Ledger, Trial
 from regmix_search.progress import Progress
-from regmix_search.proxies import run_trials
+from regmix_search.proxies import build_executor, run_trials
 
 Build = Callable[..., Executor]  # (folder, first, **settings) -> executor
 SCRIPT = str(Path(__file__).with_name("scripted.py"))
@@ -45,7 +45,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def slurm_queue(folder: Path, first: dict[int, str], **settings: Any) -> SlurmQueue:
-    config = {key: settings.pop(key) for key in ("chunk", "options") if key in settings}
+    config = {key: settings.pop(key) for key in ("chunk", "gpus", "options") if key in settings}
     command = (sys.executable, SCRIPT, str(folder), json.dumps(first))
     settings = {"workers": 2, "ask": 0.3, "settle": 1.0, **settings}
     return SlurmQueue(command, folder / "slurm", SlurmConfig(**config), **settings)
@@ -222,6 +222,55 @@ def test_a_controller_that_does_not_answer_says_nothing_about_the_tasks(tmp_path
     (tmp_path / "states").write_text("")
     (outcome,) = run_on(executor)
     assert outcome.retry and "7_0 ended without a result (gone)" in outcome.reason
+
+
+def meeting(count: int) -> list[Trial]:
+    """Trials that end only when all of them have started."""
+    return [Trial(i, "train", {"a": 1.0}, seed=count) for i in range(count)]
+
+
+@pytest.mark.slow
+def test_a_slurm_task_packs_proxies_on_the_gpus_that_it_got(slurm, tmp_path):
+    first = dict.fromkeys(range(4), "meet")
+    with closing(slurm_queue(tmp_path, first, chunk=4, gpus=2, per_gpu=2)) as executor:
+        for trial in meeting(4):
+            executor.submit(trial)
+        seen = Counter(outcome.result["worker"]["gpu"] for outcome in run_on(executor, 4))  # type: ignore[index]
+    assert seen == {"0": 2, "1": 2}
+
+
+@pytest.mark.slow
+def test_ray_tasks_take_their_fraction_of_a_gpu(tmp_path, monkeypatch):
+    """Ray counts GPUs by what it is told, so two that are not there will do."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    from regmix_search.executors.ray_tasks import RayTasks
+
+    monkeypatch.setenv("PYTHONPATH", f"{Path(SCRIPT).parent}:{Path(SCRIPT).parents[2]}")
+    ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with closing(RayTasks(Scripted(str(tmp_path), dict.fromkeys(range(4), "meet")), per_gpu=2)) as executor:
+            assert executor.free() == 4
+            for trial in meeting(4):
+                executor.submit(trial)
+            seen = Counter(outcome.result["worker"]["gpu"] for outcome in run_on(executor, 4))  # type: ignore[index]
+        assert seen == {"0": 2, "1": 2} and ray.is_initialized(), "a Ray of somebody else's is not ended"
+    finally:
+        ray.shutdown()
+
+
+def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monkeypatch):
+    def pool(workers: int = 0, threads: int = 1, per_gpu: int = 1) -> LocalPool:
+        config = ProxiesConfig(per_gpu=per_gpu)
+        built = build_executor(Scripted(str(tmp_path), {}), config, workers, threads, tmp_path, tmp_path)  # type: ignore[arg-type]
+        assert isinstance(built, LocalPool)
+        return built
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [pool().size, pool(threads=3).size, pool(workers=5).size, pool(threads=99).size] == [8, 2, 5, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    assert [pool().size, pool(per_gpu=3).size, pool(workers=1).size] == [2, 6, 1]
+    assert pool().gpus == ("0", "3")
 
 
 def test_workers_are_dealt_to_gpus_in_turn_and_a_new_one_takes_the_place_of_a_dead_one(tmp_path, monkeypatch):
