@@ -113,6 +113,8 @@ def test_each_outcome_is_in_the_ledger_when_it_is_yielded_and_closing_ends_the_r
                 break
         assert any(worker.trial for worker in pool.workers), "a worker waited for whoever looks at outcomes"
     assert pool.workers == [] and len(replay(ledger.path).finished) < 9
+    again = Ledger(tmp_path / "trials.jsonl", trials(9), {}, driver=ledger.driver)
+    assert again.counts.running == 0, "what was ended must not count as running for as long as this driver lives"
 
 
 def test_interrupting_the_driver_kills_the_workers(tmp_path):
