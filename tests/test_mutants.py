@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant(
         "loss mask ignored",
         ENGINE,
-        {"labels_BT, mask_BT, Documents": "labels_BT, torch.ones_like(mask_BT), Documents"},
+        {"labels_BT, weights_BT, Documents": "labels_BT, torch.ones_like(weights_BT), Documents"},
         "tests/test_train.py::test_the_gradient_is_that_of_the_masked_mean",
     ),
     Mutant(
@@ -201,8 +201,20 @@ MUTANTS = [
         "tests/test_mup.py::test_under_mup_activations_do_not_depend_on_the_width",
     ),
     Mutant(
-        "loss by domain of the last micro-batch alone",
+        "a row's weight is ignored",
         ENGINE,
+        {"mask_BT * batch.weight_B.to(device)[:, None]": "mask_BT.float()"},
+        "tests/regmix_search/test_group_dro.py::test_the_gradient_is_that_of_the_objective",
+    ),
+    Mutant(
+        "excess is not clipped",
+        "engine/__init__.py",
+        {"batch.reference_BT)).clamp_min(0)": "batch.reference_BT))"},
+        "tests/regmix_search/test_group_dro.py::test_two_pass_is_algorithm_1",
+    ),
+    Mutant(
+        "loss by domain of the last micro-batch alone",
+        "engine/__init__.py",
         {"by_domain += sums": "by_domain[:] = sums"},
         "tests/test_domain_loss.py::test_lines_have_the_domains_of_their_step_and_add_up_to_the_loss",
     ),
