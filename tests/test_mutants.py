@@ -335,7 +335,7 @@ MUTANTS = [
 
 def copy_tree(folder: Path) -> Path:
     """What the killing tests need, sources and compiled kernels, without bytecode of what will be replaced."""
-    for name in ("megatron_lite", "launch", "data_tools", "tests"):
+    for name in ("megatron_lite", "regmix_search", "launch", "data_tools", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     # ranks are forked from the process that has torch already: seconds less for each mutant
