@@ -24,7 +24,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def run_search(search: Search, builders: Iterable[Callable[[], Stage | None]]) -
 
 def _run(search: Search, args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    with folder_lock(search.out):
+    with _lock(search):
         builders = _builders(search, args)
         if not args.mixtures:
             # before anything is made anew: shards of other text would be of no use to the trials that are there
@@ -156,6 +157,16 @@ def _run(search: Search, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_summary(search, args, outcomes, seconds)))
     return 0
+
+
+@contextmanager
+def _lock(search: Search) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(search.out))
+        except ValueError as error:
+            raise ValueError(f"{error}; or train proxies beside it: --join") from None
+        yield
 
 
 def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:

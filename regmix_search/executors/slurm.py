@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.config import SlurmConfig
@@ -101,9 +102,13 @@ class SlurmQueue:
         chunks = [self.queued[i : i + self.config.chunk] for i in range(0, len(self.queued), self.config.chunk)]
         self.folder.mkdir(parents=True, exist_ok=True)
         batch = Path(tempfile.mkdtemp(prefix=time.strftime("%m%d-%H%M%S-"), dir=self.folder))
-        plan = {"tasks": [[asdict(trial) for trial in chunk] for chunk in chunks], "parallel": self.parallel}
+        plan: dict[str, Any] = {
+            "tasks": [[asdict(trial) for trial in chunk] for chunk in chunks],
+            "parallel": self.parallel,
+        }
         heartbeat = str(self.heartbeat) if self.heartbeat else None
-        atomic_write_json(batch / "batch.json", {**plan, "threads": self.threads, "heartbeat": heartbeat})
+        plan |= {"threads": self.threads, "gpus": self.config.gpus, "heartbeat": heartbeat}
+        atomic_write_json(batch / "batch.json", plan)
         (batch / "outcomes").mkdir()
         for number, chunk in enumerate(chunks):
             for trial in chunk:
@@ -145,7 +150,10 @@ class SlurmQueue:
             self._ask_for_states()
         for name, task in self.tasks.items():
             if task.trials and task.gone is not None and time.monotonic() - task.gone >= self.settle:
-                outcomes += [Outcome(trial, None, _why_lost(name, task), retry=True) for trial in task.trials]
+                # what it had not come to goes into another array; if it came to nothing, that is no way out
+                lost = [trial for trial in task.trials if started_path(task.batch, trial).exists()] or task.trials
+                outcomes += [Outcome(trial, None, _why_lost(name, task), retry=True) for trial in lost]
+                self.queued += [trial for trial in task.trials if trial not in lost]
                 task.trials = []
         self.tasks = {name: task for name, task in self.tasks.items() if task.trials}
         return outcomes
@@ -172,6 +180,11 @@ class SlurmQueue:
 def outcome_path(batch: Path, trial: Trial) -> Path:
     """Where a task writes what became of a trial."""
     return batch / "outcomes" / f"{trial.name}.json"
+
+
+def started_path(batch: Path, trial: Trial) -> Path:
+    """Is there from when a task has begun with a trial."""
+    return batch / "outcomes" / f"{trial.name}.started"
 
 
 def _read_outcomes(task: _Task, there: set[str]) -> list[Outcome]:

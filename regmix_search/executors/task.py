@@ -15,7 +15,7 @@ from megatron_lite.files import atomic_write_json
 from regmix_search.drivers import LEASE, silence
 from regmix_search.executors import Outcome, TrialFunction
 from regmix_search.executors.local import LocalPool, visible_gpus
-from regmix_search.executors.slurm import outcome_path
+from regmix_search.executors.slurm import outcome_path, started_path
 from regmix_search.ledger import Trial
 
 LOOK = 5.0  # seconds between looks at the driver
@@ -29,15 +29,18 @@ def run_task(function: TrialFunction, batch: Path, number: int, lease: float = L
     heartbeat, own = plan["heartbeat"], batch / f"{number}.alive"
     own.touch()
     left = len(waiting)
-    pool = LocalPool(function, plan["parallel"], plan["threads"], visible_gpus())
+    pool = LocalPool(function, plan["parallel"], plan["threads"], visible_gpus() if plan["gpus"] else [""])
     try:
         while left:
             if heartbeat and _silent(Path(heartbeat), own) > lease:
                 print(f"the driver is gone ({heartbeat}): nothing more is done", flush=True)
                 return 1
             while waiting and pool.free():
+                started_path(batch, waiting[0]).touch()
                 pool.submit(waiting.pop(0))
             for outcome in pool.wait(LOOK):
+                if outcome.reason.startswith("worker killed by SIGTERM"):
+                    return 1  # Slurm ends this task, its workers first: no proxy has failed
                 _write(batch, outcome)
                 left -= 1
     finally:

@@ -172,6 +172,28 @@ def test_a_cancelled_task_comes_back_as_a_retry_with_its_state_and_log(slurm, tm
 
 
 @pytest.mark.slow
+def test_a_lost_task_costs_a_try_only_what_it_had_begun_with(slurm, tmp_path):
+    with closing(slurm_queue(tmp_path, {1: "hang"}, chunk=4)) as executor:
+        for trial in trials(4):
+            executor.submit(trial)
+        executor.wait(0.1)
+        wait_for(lambda: (tmp_path / "tried1").exists())
+        subprocess.run(["scancel", *executor.tasks], check=True)
+        outcomes = {outcome.trial.index: outcome for outcome in run_on(executor, 4)}
+    assert sorted(outcomes) == [0, 1, 2, 3] and outcomes[1].result is None and outcomes[1].retry
+    assert all(outcomes[index].result is not None for index in (0, 2, 3))
+
+
+@pytest.mark.slow
+def test_a_task_without_gpus_hides_those_of_its_node(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as if the node's were visible to everybody
+    with closing(slurm_queue(tmp_path, {})) as executor:
+        executor.submit(trials(1)[0])
+        (outcome,) = run_on(executor)
+    assert outcome.result is not None and outcome.result["worker"]["gpu"] == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["closed", "silent"])
 def test_tasks_end_when_their_driver_is_gone(slurm, tmp_path, how):
     heartbeat = tmp_path / "driver"

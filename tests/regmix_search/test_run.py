@@ -242,7 +242,8 @@ def test_other_settings_are_refused_before_anything_is_touched(smoke, capsys, ch
 def test_a_folder_in_use_is_refused(smoke, capsys):
     with folder_lock(smoke.out):
         assert cli.main([*SMOKE, "--out", str(smoke.out)]) == 2
-    assert f"in use by pid {os.getpid()}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"in use by pid {os.getpid()}" in error and "--join" in error
 
 
 @dataclass(frozen=True)
