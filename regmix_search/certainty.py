@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from regmix_search.choice import calibrate
+from regmix_search.goals import Goal
 from regmix_search.objective import Objective
 from regmix_search.region import Region
 from regmix_search.solver import solve
@@ -53,20 +55,31 @@ def refit(objective: Objective, terms: Mapping[str, float], runs: Runs, seed: in
     return Refits(tuple(refits))
 
 
-def loss_intervals(objective: Objective, refits: Refits, residuals: FloatArray, weights: FloatArray) -> FloatArray:
-    """90 % intervals [m, 2] for the loss that runs with these mixtures [m, k] would show, noise of one run included.
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """90 % intervals for the loss of a run, noise included: as wide as cross-validation says that they must be.
 
-    5 % and 95 % quantiles of prediction + (refit on resampled runs - fit) + out-of-fold residual, over all pairs. The
-    residuals hold noise and misfit where runs are; the refits add what the fit itself does not know at `weights`.
-    Both hold some estimation error, so the interval errs wide; it knows nothing of errors outside the sampled region.
+    prediction +- scale * the surrogates' own deviation. The scale holds nine tenths of the out-of-fold errors of the
+    goal (fit.json's scale90 where it is one loss); the deviation grows away from the runs, as their form allows.
     """
-    centre = objective.predict(weights)
-    shifts = np.array([o.predict(weights) - centre for o in refits.objectives]).reshape(-1, len(weights))
-    if not len(shifts):
-        shifts = np.zeros((1, len(weights)))
-    spread = shifts[:, None, :] + residuals[None, :, None]
-    low, high = np.quantile(spread.reshape(-1, len(weights)), LEVELS, axis=0)
-    return np.stack([centre + low, centre + high], axis=1)
+
+    objective: Objective
+    goal: Goal
+    scale: float
+
+    def at(self, weights: FloatArray) -> FloatArray:
+        """Low and high [m, 2] for mixtures [m, k], around the objective's prediction."""
+        spread = dict(zip(self.goal.shares, (m.deviation(weights) for _, m in self.objective.terms), strict=True))
+        half = self.scale * self.goal.deviation(spread)
+        return self.objective.predict(weights)[:, None] + np.outer(half, [-1.0, 1.0])
+
+
+def calibrated(objective: Objective, goal: Goal, targets: Mapping[str, Any]) -> Interval:
+    """Intervals for the goal from its losses' entries in fit.json."""
+    true, predicted, spread = (
+        {name: targets[name][key] for name in goal.shares} for key in ("true", "cv_predicted", "cv_deviation")
+    )
+    return Interval(objective, goal, calibrate(goal.of(predicted) - goal.of(true), goal.deviation(spread)))
 
 
 def solve_again(refits: Refits, region: Region, prior: FloatArray, near: FloatArray, seed: int) -> FloatArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,13 @@ from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, gro
 from regmix_search.tables import Runs, some
 
 Target = str | Mapping[str, float] | Goal  # one loss, or several weighed together
+SPREAD = 6  # losses from which processes of their own are worth the seconds that they take to start
 BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's runs: 96 for 17 domains)
+
+
+def fit_workers(losses: int) -> int:
+    """Processes to fit so many losses in: one a core, or this one where others would take longer to start."""
+    return len(os.sched_getaffinity(0)) if losses >= SPREAD else 1
 
 
 def check_runs_tell(runs: Runs, names: Sequence[str], fixed: Sequence[str] = ()) -> None:

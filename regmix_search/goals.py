@@ -29,6 +29,13 @@ class Goal:
         rows = np.array([np.asarray(columns[name], dtype=np.float64) for name in self.shares])
         return np.asarray(rows.max(axis=0) if self.worst else np.array(list(self.shares.values())) @ rows)
 
+    def deviation(self, columns: Mapping[str, Any]) -> FloatArray:
+        """The goal's standard deviation [n] from one of each of its losses, taken as independent; the largest's."""
+        if self.worst:
+            return self.of(columns)
+        spread = np.array([share * np.asarray(columns[name], dtype=np.float64) for name, share in self.shares.items()])
+        return np.asarray(np.sqrt(np.sum(spread**2, axis=0)))
+
     def to_json(self) -> str | dict[str, float]:
         """What fit.json and optimum.json call their target: a name, the word it was asked for by, or shares by name."""
         if self.name:

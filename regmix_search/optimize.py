@@ -42,14 +42,6 @@ def sampled_region(weights: FloatArray, sample: FloatArray) -> tuple[float, floa
     return nearest, usual, np.flatnonzero(weights > distinct.max(axis=0) + 0.01).tolist()
 
 
-def interval90(
-    objective: Objective, terms: Mapping[str, float], runs: Runs, residuals: FloatArray, weights: FloatArray, seed: int
-) -> FloatArray:
-    """90 % intervals [m, 2] for the loss that runs with these mixtures [m, k] would show; see `loss_intervals`."""
-    refits = certainty.refit(objective, terms, runs, seed)
-    return certainty.loss_intervals(objective, refits, residuals, weights)
-
-
 def find_optimum(
     space: Space,
     runs: Runs,
@@ -81,7 +73,7 @@ def find_optimum(
     weights = _solve(objective, region, space.prior, train.weights, minimum, seed, settings)
     free = solve(objective, region.lift_caps(space.caps), space.prior, train.weights, minimum, seed)
     observed = goal.of(train.losses)
-    residuals = observed - goal.of({t: fit["targets"][t]["cv_predicted"] for t in goal.shares})
+    interval = certainty.calibrated(objective, goal, fit["targets"])
     asked = _opinions(runs, fit, goal, opinions)
     rivals = tuple(asked[name] for name in _rivals(fit, goal))
     refits = replace(certainty.refit(objective, goal.shares, train, seed, settings.bootstraps), rivals=rivals)
@@ -94,7 +86,7 @@ def find_optimum(
         "predicted": {name: float(model.predict(weights[None])[0]) for name, model in models.items()},
         "prior_predicted": {name: float(model.predict(prior[None])[0]) for name, model in models.items()},
         "objective": {"predicted": objective.at(weights), "prior": objective.at(prior)},
-        "interval90": certainty.loss_intervals(objective, refits, residuals, weights[None])[0].tolist(),
+        "interval90": interval.at(weights[None])[0].tolist(),
         "unconstrained": {"weights": space.named(free), "predicted": objective.at(free)},
         "best_observed": _best_observed(space, whole, train, observed),
         "second_opinion": {n: {"optimum": o.at(weights), "prior": o.at(prior)} for n, o in asked.items()},
@@ -103,7 +95,7 @@ def find_optimum(
         "duality_gap": duality_gap(objective, region, weights),
     }
     controls = {"prior": prior, **_controls(space, region, whole, objective, train.weights, result, seed)}
-    result |= _surroundings(space, region, whole, objective, refits, residuals, weights, controls, result, seed)
+    result |= _surroundings(space, region, whole, interval, refits, weights, controls, result, seed)
     if settings.pareto:
         shown = {name: models[name] for name in goal.shares}
         front = pareto_front(shown, region, space.prior, train.weights, settings.pareto, seed)
@@ -167,21 +159,20 @@ def _surroundings(
     space: Space,
     region: Region,
     whole: Region,
-    objective: Objective,
+    interval: certainty.Interval,
     refits: certainty.Refits,
-    residuals: FloatArray,
     weights: FloatArray,
     controls: Mapping[str, FloatArray],
     found: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
     """What stands beside the optimum: its interval, mixtures that tie with it, controls, the gain over the prior."""
-    near = certainty.candidates(region, weights, seed)
+    near, objective = certainty.candidates(region, weights, seed), interval.objective
     again = certainty.solve_again(refits, region, space.prior, near, seed)
     spread = np.quantile(again, certainty.LEVELS, axis=0).T.tolist() if len(again) else []
     rows = np.array(list(controls.values()))
     ties, loss = certainty.tied(refits, rows, weights), objective.predict(rows)
-    intervals = certainty.loss_intervals(objective, refits, residuals, rows)
+    intervals = interval.at(rows)
     gain = certainty.predicted_gain(
         refits, weights, controls["prior"], found["objective"]["prior"] - found["objective"]["predicted"]
     )

@@ -34,11 +34,11 @@ class Posterior:
 
 
 def check_runs(weights: FloatArray, losses: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """float64 copies of weights [n, k], rows together in memory, and losses [n].
+    """float64 copies of weights [n, k] and losses [n].
 
     Raises ValueError for shapes that differ, NaN, or n < 2.
     """
-    weights, losses = np.array(weights, np.float64, order="C"), np.array(losses, np.float64)
+    weights, losses = np.array(weights, np.float64), np.array(losses, np.float64)
     if weights.ndim != 2 or losses.shape != weights.shape[:1]:
         raise ValueError(f"weights {weights.shape} and losses {losses.shape}: need [n, k] and [n], one row a run")
     if len(losses) < 2:

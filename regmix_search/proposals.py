@@ -42,10 +42,7 @@ class Fitted:
 
     def deviation(self, weights: FloatArray) -> FloatArray:
         """Standard deviation [m] of the goal that a run would show; losses of one run taken as independent."""
-        spread = {name: model.deviation(weights) for name, model in self.models.items()}
-        if self.goal.worst:
-            return self.goal.of(spread)
-        return np.asarray(np.sqrt(np.sum([(s * spread[name]) ** 2 for name, s in self.goal.shares.items()], axis=0)))
+        return self.goal.deviation({name: model.deviation(weights) for name, model in self.models.items()})
 
 
 def fit_runs(runs: Runs, target: str | Goal, surrogate: str = SURROGATE, seed: int = 0) -> Fitted:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_lite.files import atomic_write_json
 from regmix_search.config import SearchConfig
-from regmix_search.fits import fit_targets
+from regmix_search.fits import fit_targets, fit_workers
 from regmix_search.freshness import digest, read_json
 from regmix_search.goals import parse_goal
 from regmix_search.optimize import find_optimum
@@ -33,6 +33,7 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
         folds=config.fit.folds,
         larger=config.train.main.model != config.proxy.model,  # then smooth laws are preferred: they carry over
         fixed=fixed_domains(config.optimum.bounds),
+        workers=fit_workers(len(runs.losses)),
     )
     atomic_write_json(out / "fit.json", fit)
     said = [(name, fit["targets"][name]) for name in goal.shares]

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.choice import coverage90
 from regmix_search.config import SearchConfig
 from regmix_search.exports import name_shards, write_exports
-from regmix_search.fits import fit_chosen, fit_targets
+from regmix_search.fits import fit_chosen, fit_targets, fit_workers
 from regmix_search.freshness import Stage, digest
 from regmix_search.goals import Goal, parse_goal
 from regmix_search.region import fixed_domains
@@ -29,8 +28,6 @@ from regmix_search.space import FloatArray
 from regmix_search.study_files import StudyFiles, read_space, read_study
 from regmix_search.surrogates import SURROGATES, score
 from regmix_search.tables import Runs, write_losses, write_mixtures
-
-SPREAD = 6  # losses from which processes of their own are worth the seconds that they take to start
 
 
 def study_fit(
@@ -108,8 +105,7 @@ def fit_stage(config: SearchConfig, files: StudyFiles) -> Stage:
         names, folds = config.fit.surrogates, config.fit.folds
         larger = config.train.main.model != config.proxy.model
         losses = len({*parse_goal(config.fit.target, runs.losses).shares, *extra})
-        cores = len(os.sched_getaffinity(0)) if losses >= SPREAD else 1
-        how = (config.seed, folds, list(extra), fixed, larger, cores)
+        how = (config.seed, folds, list(extra), fixed, larger, fit_workers(losses))
         fit = study_fit(runs, config.fit.target, names, test, *how)
         atomic_write_json(out / "fit.json", fit)
         return describe(fit["summary"])

@@ -1,10 +1,15 @@
 """fit.json: every target gets an honest choice, the held-back runs stay unseen, the noise of a run is measured."""
 
 import json
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from regmix_search import solution
+from regmix_search.config import FitConfig, SearchConfig
 from regmix_search.fits import check_runs_tell, fit_chosen, fit_targets, run_noise, split_holdout
 from regmix_search.goals import parse_goal
 from regmix_search.surrogates import score
@@ -152,6 +157,24 @@ def test_what_cannot_be_fitted_is_said_in_a_search_as_in_a_study() -> None:
     check_runs_tell(tied, NAMES)
     with pytest.raises(ValueError, match="3 different mixtures for 2 domains"):
         check_runs_tell(Runs(runs.index[:3], runs.domains, tied.weights[:3], runs.losses), NAMES)
+
+
+def test_a_search_fits_many_losses_on_every_core_and_few_in_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, told = planted_runs(), list[int]()
+
+    def record(*_: Any, **how: Any) -> None:
+        told.append(how["workers"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solution, "fit_targets", record)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    for count in (12, 2):
+        many = Runs(runs.index, runs.domains, runs.weights, {f"l{i}": runs.losses["a"] for i in range(count)})
+        with pytest.raises(KeyboardInterrupt):
+            solution.fit_runs(tmp_path, many, [], SearchConfig(fit=FitConfig(target="l0")))
+    assert told == [3, 1]
 
 
 @pytest.mark.slow

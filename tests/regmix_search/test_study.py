@@ -228,7 +228,7 @@ def test_a_study_ends_with_a_report_and_exports(tmp_path, capsys) -> None:
     out = tmp_path / "out"
     assert cli.main(["--stage", "optimize", *files, "--out", str(out)]) == 0, capsys.readouterr().err
     text = (out / "report.md").read_text()
-    assert "minimises the worst of all losses" in text and "What is as good?" in text and "unimax" in text
+    assert "target worst of 2 losses" in text and "What is as good?" in text and "unimax" in text
     epochs = (out / "exports/epochs.csv").read_text().splitlines()
     assert epochs[0] == "domain,weight,tokens,available,epochs" and epochs[2].startswith("code,0.")
     assert "significant" in text or "Predicted gain" in text
