@@ -5,7 +5,7 @@
 Every choice is made on training rows: which surrogate by nested cross-validation, which runs by a design that sees no
 loss. Test rows only score. Subsets are drawn by seeds 0 to 4, figures are means over them. The peer is RegMix's
 LightGBM as in its paper, fitted to all 512 runs in the same process: for the optimum its simulation, for fit_auto its
-13 fits. Rows without .1M or .60M are the mean of both. `transfer` is scales.py's; its row 1B needs RegMix's
+13 fits. Rows without .1M or .60M are the mean of both. `until_precise` is precise.py's, `transfer` scales.py's; its row 1B needs RegMix's
 test_mixture_1B.csv and test_pile_loss_1B.csv beside the others. The runs are in $MEGATRON_LITE_SHARED/data/regmix, or
 ../shared; it takes some four minutes.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import lightgbm
 import numpy as np
 
+from benchmarks.precise import precise_rows
 from benchmarks.reuse import reuse_rows
 from benchmarks.scales import large_rows, transfer_rows
 from benchmarks.table import Row, cost_row, parse_args, print_rows, rate_row
@@ -31,7 +32,7 @@ from regmix_search.objective import Objective
 from regmix_search.proposals import fit_runs, propose_rows
 from regmix_search.region import Region
 from regmix_search.solver import solve
-from regmix_search.space import FloatArray
+from regmix_search.space import FloatArray, unlimited_space
 from regmix_search.study_files import draw_runs
 from regmix_search.surrogates import build_surrogate, score
 from regmix_search.tables import Runs, read_runs
@@ -44,6 +45,7 @@ ROUNDS = (16, 8, 8, 8, 8)  # runs by design, then by expected improvement
 ONE_SHOT = 96
 EPOCHS = 4.0  # cap of every domain in the optimum: this many times its share of the Pile
 SIMULATED, BATCH, TOP = 1_000_000, 50_000, 100  # RegMix's paper: the mean of the 100 best of a million
+DRAWS = 100_000  # of RegMix's simulation where its mixture is the peer and not its time
 REPEATS = 5  # of the timings below a second; the best counts
 PILE = (  # configs/mixture/natural.yaml: shares of the Pile's tokens in the order of RegMix's tables
     *(0.113285273, 0.079608651, 0.003913491, 0.185375901, 0.051081359, 0.015962925, 0.101750772, 0.003707518),
@@ -178,6 +180,13 @@ def optima(train: Runs) -> list[Row]:
     return rows
 
 
+def early_rows(train: Runs, pool: Runs) -> list[Row]:
+    """`until_precise`: the peer takes all 512 runs, and RegMix's simulation."""
+    space, prior = unlimited_space(train.domains, dict(zip(train.domains, PILE, strict=True))), np.array(PILE)
+    peer = simulate_regmix(fit_regmix(train), prior / prior.sum(), DRAWS)
+    return precise_rows(train, pool, TARGET, space, peer, SEEDS)
+
+
 def auto_row(train: Runs) -> Row:
     """Seconds of choosing and fitting a surrogate for each of the 13 losses, on two cores."""
     start = time.perf_counter()
@@ -196,7 +205,7 @@ def run() -> list[Row]:
     if has_large():
         moved += large_rows(train, tests["60M"], published("test", "1B"), TARGET)
     moved += reuse_rows(train, tests, pool, TARGET, np.array(PILE), EPOCHS)
-    return [*correlations(train, tests), adaptive_row(pool), *optima(train), auto_row(train), *moved]
+    return [*correlations(train, tests), adaptive_row(pool), *optima(train), auto_row(train), *early_rows(train, pool), *moved]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,22 @@ def test_without_the_runs_the_command_says_so(
 
 
 @pytest.mark.slow
+def test_a_search_stops_when_its_optimum_is_settled_and_not_before() -> None:
+    """On one order of the 512: a mixture within a run's noise of the best, from a fraction of the runs."""
+    train = search.published("train", "1m")
+    space = search.unlimited_space(train.domains, dict(zip(train.domains, search.PILE, strict=True)))
+    fits = precise.fit_as_they_arrive(search.draw_runs(train, 512, 0), search.TARGET, space)
+    truth = search.build_surrogate("average").fit(train.weights, train.losses[search.TARGET])
+    found = truth.predict(np.array([list(fit.weights.values()) for fit in (fits[0], fits[-1])]))
+    best = truth.predict(search.draw_runs(train, 512, 0).weights).min()
+    print([(fit.runs, fit.settled) for fit in fits], found, best)
+    assert 40 <= fits[-1].runs <= 300 and not any(fit.settled for fit in fits[:2])
+    assert found[1] < best + precise.NOISE < found[0]
+    few = search.pick(train, range(64))
+    assert len(precise.fit_as_they_arrive(few, search.TARGET, space, noise=1e-4)) == 4, "never settled: all runs"
+
+
+@pytest.mark.slow
 def test_few_runs_rank_as_regmix_ranks_with_512() -> None:
     """What docs/benchmarks.md has, less the spread between machines. RegMix's LightGBM with 512: .989 and .986."""
     train = search.published("train", "1m")
