@@ -12,9 +12,9 @@ from benchmarks.table import Row, cost_row
 from regmix_search.config import FitConfig, SearchConfig
 from regmix_search.early import GROWTH, EarlyFit, fit_early, is_precise
 from regmix_search.objective import Objective
+from regmix_search.region import build_region
 from regmix_search.solver import solve
 from regmix_search.space import FloatArray, Space
-from regmix_search.region import build_region
 from regmix_search.study_files import draw_runs
 from regmix_search.surrogates import build_surrogate
 from regmix_search.tables import Runs
@@ -33,7 +33,9 @@ def fit_as_they_arrive(runs: Runs, target: str, space: Space, noise: float = NOI
     return fits
 
 
-def precise_rows(runs: Runs, pool: Runs, target: str, space: Space, peer: FloatArray, seeds: Iterable[int]) -> list[Row]:
+def precise_rows(
+    runs: Runs, pool: Runs, target: str, space: Space, peer: FloatArray, seeds: Iterable[int]
+) -> list[Row]:
     """Means over random orders of the runs: how many were taken, and the regret of the mixture that they gave, in nats.
 
     Regret: above the optimum of the average of law and process, fitted to the `pool`. The peer is a mixture [k] from

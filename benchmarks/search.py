@@ -5,8 +5,8 @@
 Every choice is made on training rows: which surrogate by nested cross-validation, which runs by a design that sees no
 loss. Test rows only score. Subsets are drawn by seeds 0 to 4, figures are means over them. The peer is RegMix's
 LightGBM as in its paper, fitted to all 512 runs in the same process: for the optimum its simulation, for fit_auto its
-13 fits. Rows without .1M or .60M are the mean of both. `until_precise` is precise.py's, `transfer` scales.py's; its row 1B needs RegMix's
-test_mixture_1B.csv and test_pile_loss_1B.csv beside the others. The runs are in $MEGATRON_LITE_SHARED/data/regmix, or
+13 fits. Rows without .1M or .60M are the mean of both. `until_precise` is precise.py's, `transfer` scales.py's; its row
+1B needs RegMix's test_mixture_1B.csv and test_pile_loss_1B.csv beside the others. The runs are in $MEGATRON_LITE_SHARED/data/regmix, or
 ../shared; it takes some four minutes.
 """
 
@@ -205,7 +205,14 @@ def run() -> list[Row]:
     if has_large():
         moved += large_rows(train, tests["60M"], published("test", "1B"), TARGET)
     moved += reuse_rows(train, tests, pool, TARGET, np.array(PILE), EPOCHS)
-    return [*correlations(train, tests), adaptive_row(pool), *optima(train), auto_row(train), *early_rows(train, pool), *moved]
+    return [
+        *correlations(train, tests),
+        adaptive_row(pool),
+        *optima(train),
+        auto_row(train),
+        *early_rows(train, pool),
+        *moved,
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,7 +96,7 @@ class ReuseConfig:
 
 @dataclass(frozen=True)
 class ProxiesConfig:
-    """How proxies are run; nothing here changes their losses."""
+    """How proxies are run; nothing here changes losses, but that stop_hopeless estimates some and marks them."""
 
     executor: Literal["local", "slurm", "ray"] = "local"  # processes of this machine | job arrays | a Ray cluster
     workers: int = 0  # proxies at a time; 0: one a core or per_gpu a GPU; slurm, ray: as many as the cluster runs
@@ -104,6 +104,7 @@ class ProxiesConfig:
     per_gpu: int = 1  # proxies that share a GPU, where there are GPUs
     retries: int = 2  # further tries after a crash; a diverged proxy is never tried again
     until_precise: bool = False  # start no more when the optimum moves less than its uncertainty and a run's noise
+    stop_hopeless: bool = False  # end a proxy whose early losses are far from the best; needs proxy.eval.every
     slurm: SlurmConfig = field(default_factory=SlurmConfig)  # executor slurm
     ray: RayConfig = field(default_factory=RayConfig)  # executor ray
 
@@ -251,6 +252,8 @@ def _check(config: SearchConfig, where: str) -> None:
         if not low <= value <= high:
             limit = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
             raise ValueError(f"{where}: {key}={value} must be {limit}")
+    if proxies.stop_hopeless and not config.proxy.eval.every:
+        raise ValueError(f"{where}: proxies.stop_hopeless looks at evaluations on the way: set proxy.eval.every (is 0)")
     if proxies.until_precise and mixtures.repeats < 2:
         raise ValueError(
             f"{where}: proxies.until_precise compares what is left to gain with the noise of one run, which takes "

@@ -1,8 +1,8 @@
 """Learning curves of proxies: kept for all, and the rule by which a hopeless one may be stopped and its end estimated.
 
-The end of a run is a straight line in its loss at an earlier evaluation, a line for every loss and evaluation, fitted to
-runs that went to their end. Who is stopped depends on nothing but that earlier loss, so these lines are not bent by the
-choice, and estimates stand for the losses that a fit would otherwise miss or take too high.
+The end of a run is told by a straight line in its loss at an earlier evaluation: a line for every loss and evaluation,
+fitted to runs that went to their end. Who is stopped depends on nothing but these earlier losses, so the choice bends
+no line, and estimates stand for losses that a fit would otherwise miss or take too high.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from regmix_search.freshness import read_record
 from regmix_search.goals import Goal
+from regmix_search.ledger import Trial
 from regmix_search.space import FloatArray
 
 LEAST = 16  # runs with a curve to their end before any is stopped
@@ -28,6 +29,11 @@ SPREAD = 0.2  # of the spread of runs that the estimate's deviation may be: abov
 CONTROL = 5  # every fifth run is never stopped, however bad: the lines need points there too
 POLL = 0.5  # seconds between looks at a run's evaluations
 Point = dict[str, Any]  # {"tokens": trained so far, "losses": {loss: nats}}
+
+
+def may_stop(trial: Trial) -> bool:
+    """Whether the rule may ever end this trial: never one that judges or repeats, nor every fifth of the others."""
+    return trial.kind == "train" and trial.index % CONTROL > 0
 
 
 def read_curve(run_dir: Path) -> list[Point]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lite.config import Config, dump, load_config
 from megatron_lite.files import atomic_write, atomic_write_json
@@ -20,6 +20,9 @@ from regmix_search.executors import Executor, Outcome
 from regmix_search.executors.local import LocalPool, visible_gpus
 from regmix_search.ledger import Ledger, Trial
 from regmix_search.progress import Progress
+
+if TYPE_CHECKING:
+    from regmix_search.curves import Watch
 
 # As many failures for good in a row as this, divergence apart, are one mistake and not bad luck: the search stops.
 HOPELESS = 3
@@ -33,28 +36,52 @@ class ProxyTraining:
     data_dir: str
     valid: tuple[str, ...]  # validation domains to score; the retrained models' test domain is not among them
     runs_dir: str
+    stops: bool = False  # whether stopping.json beside runs_dir may end a hopeless trial
 
     def __call__(self, trial: Trial) -> dict[str, Any]:
         """Raises FloatingPointError when the proxy diverges, in training or in evaluation."""
         from megatron_lite.data.mixture import Mixture
-        from megatron_lite.train import train
+        from megatron_lite.train import Preempted, train
+        from regmix_search.curves import Watch, may_stop, read_curve
 
         run_dir = Path(self.runs_dir) / trial.name
         shutil.rmtree(run_dir, ignore_errors=True)  # what a killed try left is of no use: proxies restart
         config = dataclasses.replace(self.config, name=trial.name, out_dir=str(run_dir), seed=trial.seed)
-        result = train(config, Mixture.from_weights(trial.weights, self.data_dir, valid=self.valid))
+        rule = Path(self.runs_dir).parent / "stopping.json" if self.stops and may_stop(trial) else None
+        with Watch(run_dir, rule) as watch:
+            try:
+                result = train(config, Mixture.from_weights(trial.weights, self.data_dir, valid=self.valid))
+            except Preempted:
+                if watch.losses is None:
+                    raise  # somebody else's signal
+                return self._stopped(run_dir, watch)
         bad = [name for name, loss in result.losses.items() if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(f"validation loss of {', '.join(bad)} is not finite after {result.steps} steps")
-        run_folder = os.path.join(Path(self.runs_dir).name, trial.name)  # relative to the ledger: folders may move
-        facts = {"tokens": result.tokens, "seconds": result.seconds, "flops": result.flops, "run_dir": run_folder}
-        return {"losses": dict(result.losses), "bpb": dict(result.bpb), **facts}
+        facts = {"tokens": result.tokens, "seconds": result.seconds, "flops": result.flops}
+        kept = {"run_dir": self._folder(run_dir), "curve": read_curve(run_dir)}
+        return {"losses": dict(result.losses), "bpb": dict(result.bpb), **facts, **kept}
+
+    def _stopped(self, run_dir: Path, watch: Watch) -> dict[str, Any]:
+        """Of a trial that was ended early: the losses that its end is estimated to have, and where they come from."""
+        from regmix_search.curves import read_curve
+
+        for folder in run_dir.glob("step_*"):
+            shutil.rmtree(folder)  # saved for a resume that will not come
+        plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+        curve = read_curve(run_dir)
+        tokens = curve[-1]["tokens"]
+        facts = {"tokens": tokens, "flops": plan["total_flops"] * tokens / plan["total_tokens"], "stopped": watch.point}
+        return {"losses": watch.losses, **facts, "run_dir": self._folder(run_dir), "curve": curve}
+
+    def _folder(self, run_dir: Path) -> str:
+        return os.path.join(Path(self.runs_dir).name, run_dir.name)  # relative to the ledger: folders may move
 
     def save(self, folder: Path) -> None:
         """Writes everything about it into a folder, for a process on another machine."""
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "proxy.yaml", dump(self.config))
-        facts = {"data_dir": self.data_dir, "valid": self.valid, "runs_dir": self.runs_dir}
+        facts = {"data_dir": self.data_dir, "valid": self.valid, "runs_dir": self.runs_dir, "stops": self.stops}
         atomic_write_json(folder / "proxy.json", facts)
 
     @classmethod
@@ -62,7 +89,7 @@ class ProxyTraining:
         """What ``save`` wrote."""
         facts = json.loads((folder / "proxy.json").read_text(encoding="utf-8"))
         config = load_config(Config, folder / "proxy.yaml")
-        return cls(config, facts["data_dir"], tuple(facts["valid"]), facts["runs_dir"])
+        return cls(config, facts["data_dir"], tuple(facts["valid"]), facts["runs_dir"], facts["stops"])
 
 
 class Portable(Protocol):

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_lite.files import atomic_write_json
 from regmix_search import board
 from regmix_search.changes import join_earlier
+from regmix_search.curves import build_rule
 from regmix_search.early import EarlyFit, EarlyFits, distinct
 from regmix_search.freshness import read_json
 from regmix_search.goals import parse_goal
@@ -27,7 +29,7 @@ class Results:
         """valid: the losses that every trial measures."""
         self.out, self.ledger, self.valid, self.progress = search.out, ledger, valid, progress
         self.goal = parse_goal(search.config.fit.target, valid)
-        self.target = search.config.fit.target
+        self.target, self.stops = search.config.fit.target, search.config.proxies.stop_hopeless
         self.leads = not ledger.driver.joined  # one that joined only looks whether the leader says stop
         space = Space.from_json(read_json(self.out / "space.json"))
         kept, self.earlier = read_reduction(self.out, space.domains), earlier_runs(self.out)
@@ -53,6 +55,9 @@ class Results:
             if self.leads:
                 self._write()
                 self._fit()
+                if self.stops:
+                    rule = build_rule(self.ledger.finished.values(), self.goal, self.valid)
+                    atomic_write_json(self.out / "stopping.json", rule)
         if not self.leads:
             self.early.reload()
         self.ledger.stopped = self.early.stopped is not None

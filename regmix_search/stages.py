@@ -138,9 +138,11 @@ def proxies(search: Search) -> Stage:
         # by domain, so that a later search can tell what has changed
         atomic_write_json(out / "inventory.json", {**inventory.contents, "tokenizer": inventory.tokenizer})
         done, total = ledger.finished.values(), len(ledger.trials)
+        early = sum("stopped" in event for event in done)
+        ended = f", {early} of them ended early" if early else ""
         stopped = f"; no more: {read_record(out / 'early.json')['stopped']}" if ledger.stopped else ""
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
-        return f"{len(done)} of {total} done, {sum(e['tokens'] for e in done):,} tokens{stopped}{failed}"
+        return f"{len(done)} of {total} done{ended}, {sum(e['tokens'] for e in done):,} tokens{stopped}{failed}"
 
     inputs = {**fingerprint, "retries": config.proxies.retries}
     if config.proxies.until_precise:  # what it means that the optimum is settled
@@ -167,8 +169,8 @@ def train_planned(search: Search, driver: Driver) -> Ledger:
     log = dataclasses.replace(config.proxy.log, console=False)
     proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
     shards, valid = str(proxy_shards(search).resolve()), _scored(search)
-    function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"))
     how = config.proxies
+    function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"), how.stop_hopeless)
     executor = build_executor(function, how, how.workers, how.threads, out, driver.path)
     with (
         Progress("proxies", search.stream) as progress,
