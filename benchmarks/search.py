@@ -6,8 +6,8 @@ Every choice is made on training rows: which surrogate by nested cross-validatio
 loss. Test rows only score. Subsets are drawn by seeds 0 to 4, figures are means over them. The peer is RegMix's
 LightGBM as in its paper, fitted to all 512 runs in the same process: for the optimum its simulation, for fit_auto its
 13 fits. Rows without .1M or .60M are the mean of both. `until_precise` is precise.py's, `transfer` scales.py's; its row
-1B needs RegMix's test_mixture_1B.csv and test_pile_loss_1B.csv beside the others. The runs are in $MEGATRON_LITE_SHARED/data/regmix, or
-../shared; it takes some four minutes.
+1B needs RegMix's test_mixture_1B.csv and test_pile_loss_1B.csv beside the others. The runs are in
+$MEGATRON_LITE_SHARED/data/regmix, or ../shared; it takes some six minutes.
 """
 
 from __future__ import annotations
