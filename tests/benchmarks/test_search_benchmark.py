@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import scales, search
+from benchmarks import precise, scales, search
 from benchmarks.table import Row
 from regmix_search.tables import Runs
 
