@@ -21,7 +21,7 @@ from regmix_search.tables import Runs
 
 GROWTH = 1.3  # times the runs of the last fit until the next one: all fits together cost four times the last
 PATIENCE = 2  # fits running that must find the optimum settled: one alone may be luck
-SURROGATES = ("effective", "effective_gp", "gp")  # a law, a process, both: a fit with its refits takes a second or two
+SURROGATES = ("effective", "effective_gp", "gp", "average")  # laws and processes: with refits some three seconds a fit
 SHOWN = 4  # domains that a line names
 NICE = 10  # of nice(1): a tenth of a core that a proxy also wants; at 19 a fit of two seconds would take two minutes
 
