@@ -140,7 +140,9 @@ class ScalesConfig:
     runs: tuple[
         str, ...
     ] = ()  # NAME=PARAMS,TOKENS,MIXTURES.csv,LOSSES.csv | NAME=PARAMS,TOKENS,trials.jsonl | NAME=FOLDER
-    target: str | None = None  # PARAMS,TOKENS to predict for; null: train.main (of tables alone: the largest size)
+    target: str | None = (
+        None  # PARAMS,TOKENS to predict for; null: train.main where it is enabled, else the largest size
+    )
 
 
 @dataclass(frozen=True)

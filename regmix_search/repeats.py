@@ -39,6 +39,10 @@ class EffectiveRepeats(Power):
         """Their slopes in the parameters [n, p]."""
         return self._slopes(params, self._logs(weights))
 
+    def prior(self, k: int) -> tuple[FloatArray, FloatArray]:
+        """Centres and standard deviations of the parameters for k domains."""
+        return self._prior(k)
+
     def uncertainty(self, weights: FloatArray, beside: FloatArray | None = None) -> FloatArray:
         """Standard deviations [m] of what is predicted, noise left out; beside [m, k]: of the difference from these."""
         slopes = self.slopes(self.posterior.params, weights)

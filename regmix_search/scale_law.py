@@ -74,12 +74,13 @@ class ScaleLaw:
         self.mean = float(np.mean(np.concatenate(largest)))
         self.scale = max(float(np.sqrt(sum(spread) / sum(len(s.losses) for s in samples))), 1e-9)
         z = np.concatenate([(sample.losses - self.mean) / self.scale for sample in samples])
+        centre, sds = self._prior()
         self.posterior = maximum_a_posteriori(
             misfit=lambda p: np.concatenate([self._losses(p, s) for s in samples]) - z,
             slopes=lambda p: np.vstack([self._slopes(p, s) for s in samples]),
-            starts=[np.zeros(self._core + SIZES + self.k)],
-            precision=np.diag(self._precision()),
-            centre=np.zeros(self._core + SIZES + self.k),
+            starts=[centre],
+            precision=np.diag(sds**-2),
+            centre=centre,
         )
         return self
 
@@ -97,13 +98,13 @@ class ScaleLaw:
         """Parameters of f: c, log A, log b, log a_i, g, d_i, log R*, log beta."""
         return 4 + 2 * int(self.k) + EffectiveRepeats.SHAPE
 
-    def _precision(self) -> FloatArray:
-        sds = np.ones(self._core + SIZES + self.k)
-        sds[0] = EffectiveRepeats.FLOOR_SD
-        sds[[self._core, self._core + 2]] = HEIGHT_SD
-        sds[self._core + 4 : self._core + 6] = AMPLITUDE_SD / (OFF if self.form == "additive" else 1)
-        sds[self._core + 6 :] = DRIFT_SD / (1 if self.form == "drift" else OFF)
-        return np.asarray(sds**-2.0)
+    def _prior(self) -> tuple[FloatArray, FloatArray]:
+        """Centres and standard deviations of all parameters: f's own, then those of size, which are zero as it is."""
+        centre, spread = EffectiveRepeats().prior(self.k)
+        sds = np.array([HEIGHT_SD, 1.0, HEIGHT_SD, 1.0, AMPLITUDE_SD, AMPLITUDE_SD, *[DRIFT_SD] * self.k])
+        sds[4:6] /= OFF if self.form == "additive" else 1
+        sds[6:] /= 1 if self.form == "drift" else OFF
+        return np.append(centre, np.zeros(len(sds))), np.append(spread, sds)
 
     def _away(self, size: Size) -> tuple[float, float]:
         """log N and log D relative to the largest scale."""

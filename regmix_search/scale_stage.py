@@ -117,12 +117,14 @@ def _span(found: Mapping[str, Any]) -> str:
 
 
 def _target(search: Search, sizes: Sequence[Scale], own: bool) -> Size:
-    """scales.target; else the main run of a search; else the largest size."""
+    """scales.target; else a search's main run, or the largest size for as long if it trains none; else the largest."""
     config = search.config
     if config.scales.target is not None:
         return parse_size(config.scales.target, "scales.target")
     if not own:
         return sizes[-1].size
+    if not config.train.enabled:
+        return Size(sizes[-1].size.params, float(config.run_tokens))
     from regmix_search.budget import resolve, vocabulary
 
     plan = resolve(config.train.main, vocabulary(search, search.inventory))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from regmix_search.tables import Runs
 OPINIONS = 2  # losses of a goal up to which every surrogate is asked about the optimum, not the candidates alone
 
 
-def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> str:
-    """Writes fit.json and says what it found. held: indices of runs that neither fit nor choice may see."""
+def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig, doubts: Sequence[str] = ()) -> str:
+    """Writes fit.json and says what it found. held: indices of runs that neither fit nor choice may see.
+
+    doubts: further warnings, which begin with the loss that they are about.
+    """
     goal = parse_goal(config.fit.target, runs.losses)
     fit = fit_targets(
         runs,
@@ -35,6 +39,7 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig) -> st
         fixed=fixed_domains(config.optimum.bounds),
         workers=fit_workers(len(runs.losses)),
     )
+    fit["warnings"] += doubts
     atomic_write_json(out / "fit.json", fit)
     said = [(name, fit["targets"][name]) for name in goal.shares]
     lines = [f"{name}: {chosen['why']}{_holdout_words(chosen['holdout'])}" for name, chosen in said]

@@ -217,10 +217,11 @@ def fit(search: Search) -> Stage:
     def make() -> str:
         from regmix_search.reuse import search_runs
         from regmix_search.solution import fit_runs
+        from regmix_search.unigram import unigram_doubts
 
         runs, finished = with_epochs(search, search_runs(out)), replay(out / "trials.jsonl").finished
         held = [i for i in runs.index if isinstance(i, int) and finished.get(i, {}).get("kind") == "holdout"]
-        return fit_runs(out, runs, held, search.config)
+        return fit_runs(out, runs, held, search.config, unigram_doubts(search, runs))
 
     inputs = {**dataclasses.asdict(search.config.fit), "seed": search.config.seed}
     inputs |= {"mixtures": digest(out / "mixtures.csv", "mixtures"), "losses": digest(out / "losses.csv", "proxies")}

@@ -153,10 +153,11 @@ def test_dry_run_shows_epochs_of_target_and_proxy(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_search_with_matched_repetition_says_so(tmp_path):
+def test_a_search_says_whether_its_proxies_stand_for_the_target(tmp_path):
     keys = ("shards.match_repetition=true", "mixtures.count=8", "train.enabled=false", "mixtures.holdout=0")
     keys += ("fit.surrogates=[power,effective_repeats]",)
-    assert cli.main([*SMOKE, "--out", str(tmp_path), *(part for key in keys for part in ("--set", key))]) == 0
+    command = [*SMOKE, "--out", str(tmp_path), *(part for key in keys for part in ("--set", key))]
+    assert cli.main(command) == 0
     fit = json.loads((tmp_path / "fit.json").read_text())
     assert "effective_repeats" in fit["targets"]["readme"]["candidates"]
     found = json.loads((tmp_path / "optimum.json").read_text())["repetition"]
@@ -164,3 +165,14 @@ def test_a_search_with_matched_repetition_says_so(tmp_path):
     assert largest["target"] > 1 and largest["proxy"] == pytest.approx(largest["target"], rel=0.05)
     assert "repeat every domain as often as the target run" in (tmp_path / "report.md").read_text()
     assert np.isfinite(json.loads((tmp_path / "optimum.json").read_text())["objective"]["predicted"])
+    assert any("token frequencies alone" in warning for warning in fit["warnings"]), "20 steps learn no more than that"
+    tables = f"{tmp_path / 'mixtures.csv'},{tmp_path / 'losses.csv'}"
+    scales = [*command, "--scale", f"big=1e6,1e6,{tables}"]
+    assert cli.main([*scales, "--stage", "scales"]) == 0 and cli.main([*scales, "--stage", "report"]) == 0
+    sizes = json.loads((tmp_path / "scales.json").read_text())
+    assert [scale["name"] for scale in sizes["scales"]] == ["proxies", "big"]
+    assert sizes["scales"][0]["tokens"] == 5_120 and sizes["ranks"][0]["spearman"] == pytest.approx(1)
+    assert (sizes["at_target"]["tokens"], sizes["at_target"]["params"]) == (400_000, 1e6), (
+        "no main run: the largest size"
+    )
+    assert "rank as large ones" in (tmp_path / "report.md").read_text()
