@@ -72,11 +72,11 @@ def test_transfer_scores_runs_that_no_fit_has_seen_and_gains_from_the_small_ones
 
     def runs(n: int, level: float, seed: int) -> Runs:
         weights = np.random.default_rng(seed).dirichlet(np.full(8, 0.4), size=n)
-        losses = level - 0.4 * np.log(0.2 + np.sqrt(weights) @ np.geomspace(4, 0.1, 8)) + 0.01 * rng.standard_normal(n)
+        losses = level - 0.4 * np.log(0.2 + np.sqrt(weights) @ np.geomspace(4, 0.1, 8)) + 0.04 * rng.standard_normal(n)
         return Runs(tuple(range(n)), tuple("abcdefgh"), weights, {"x": losses})
 
     rmse, rank = scales.transfer_rows(runs(90, 5.0, 1), runs(40, 4.0, 2), [0])
-    assert rmse.ours < 0.02 and rmse.ratio > 1.2, "nats; the noise is .01"
-    assert rank.ours > 0.97 and rank.key == "transfer.rank"
+    assert rmse.ours < 0.05 and rmse.ratio > 1.1, "nats; the noise is .04"
+    assert rank.ours > 0.9 and rank.key == "transfer.rank"
     (large,) = scales.large_rows(runs(90, 5.0, 1), runs(40, 4.0, 2), runs(30, 3.0, 3), "x")
-    assert large.ours > 0.97
+    assert large.ours > 0.9
