@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.table import Row, cost_row, print_rows
+from benchmarks.table import Row, cost_row, pick_keys, print_rows
 from regmix_search import run as cli
 from regmix_search.config import load_search
 from regmix_search.doremi import main_mixtures
@@ -27,24 +27,25 @@ from regmix_search.search import Search
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/search"
 SEEDS = range(3)
+PEERS = ("natural", "uniform", "regmix")
 
 
-def find_mixtures(out: Path) -> tuple[Search, dict[str, dict[str, float]], dict[str, float]]:
+def find_mixtures(out: Path, peers: Sequence[str]) -> tuple[Search, dict[str, dict[str, float]], dict[str, float]]:
     """(DoReMi's search, weights by method, FLOPs that finding them took by method)."""
     folder = ("train.enabled=false", f"out_dir={out / 'regmix'}")
     made = _run("demo", ("corpus", "tokenizer", "shards"), *folder)
-    domains, _ = made.inventory.usable((), made.sample_tokens)
-    average = f"fit.target='{','.join(f'{name}={1 / len(domains)!r}' for name in domains)}'"
-    regmix = _run("demo", ("mixtures", "proxies", "fit", "optimize"), *folder, average, "fit.target_test=null")
     shards = f"shards.data_dir={made.shards_dir.resolve()}"
     doremi = _run("doremi", ("doremi",), "train.enabled=false", f"out_dir={out / 'doremi'}", shards, "doremi.rounds=1")
-    ours = main_mixtures(doremi)
-    weights = {"doremi": ours["optimal"], "regmix": read_json(regmix.out / "optimum.json")["weights"]}
-    weights |= {"natural": ours["prior"], "uniform": ours["uniform"]}
-    rounds = read_json(doremi.out / "doremi.json")["rounds"]
-    flops = {"doremi": sum(sum(one["flops"].values()) for one in rounds), "natural": 0.0, "uniform": 0.0}
-    flops["regmix"] = sum(event["flops"] for event in replay(regmix.out / "trials.jsonl").finished.values())
-    return doremi, weights, flops
+    ours, rounds = main_mixtures(doremi), read_json(doremi.out / "doremi.json")["rounds"]
+    weights = {"doremi": ours["optimal"], "natural": ours["prior"], "uniform": ours["uniform"]}
+    flops = {"doremi": sum(sum(one["flops"].values()) for one in rounds)}
+    if "regmix" in peers:
+        domains = list(ours["optimal"])
+        average = f"fit.target='{','.join(f'{name}={1 / len(domains)!r}' for name in domains)}'"
+        regmix = _run("demo", ("mixtures", "proxies", "fit", "optimize"), *folder, average)
+        weights["regmix"] = read_json(regmix.out / "optimum.json")["weights"]
+        flops["regmix"] = sum(event["flops"] for event in replay(regmix.out / "trials.jsonl").finished.values())
+    return doremi, {name: weights[name] for name in ("doremi", *peers)}, flops
 
 
 def train_models(search: Search, weights: dict[str, dict[str, float]]) -> dict[str, np.ndarray]:
@@ -64,19 +65,20 @@ def train_models(search: Search, weights: dict[str, dict[str, float]]) -> dict[s
 def compare(losses: dict[str, np.ndarray], flops: dict[str, float]) -> list[Row]:
     """Rows by peer: means over seeds; the spread is the sd over seeds of DoReMi's average minus the peer's."""
     rows = []
-    for peer in ("regmix", "natural", "uniform"):
+    for peer in [name for name in losses if name != "doremi"]:
         ours, theirs = losses["doremi"], losses[peer]
         rows.append(cost_row(f"average_loss.{peer}", ours.mean(), theirs.mean(), "nats a token"))
         rows.append(cost_row(f"worst_loss.{peer}", ours.max(1).mean(), theirs.max(1).mean(), "nats a token"))
         spread = float(np.std(ours.mean(1) - theirs.mean(1), ddof=1))
         gain = float(theirs.mean() - ours.mean())
         rows.append(Row(f"average_gain.{peer}", gain, spread, gain / spread, "nats (peer: sd over seeds)"))
-    return [*rows, cost_row("flops.regmix", flops["doremi"], flops["regmix"], "FLOPs to find the mixture")]
+    found = [cost_row(f"flops.{peer}", flops["doremi"], flops[peer], "FLOPs to find the mixture") for peer in flops]
+    return rows + found[1:]
 
 
-def run(out: Path) -> list[Row]:
+def run(out: Path, peers: Sequence[str] = PEERS) -> list[Row]:
     """All of it, or what is missing of it."""
-    search, weights, flops = find_mixtures(out)
+    search, weights, flops = find_mixtures(out, peers)
     return compare(train_models(search, weights), flops)
 
 
@@ -96,6 +98,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_doremi"), help="folder of all runs")
+    parser.add_argument("--only", default=",".join(PEERS), help="peers; regmix alone needs 75 proxies")
     arguments = parser.parse_args()
-    print_rows(run(arguments.out), arguments.json)
+    print_rows(run(arguments.out, pick_keys(parser, arguments.only, PEERS)), arguments.json)
     sys.exit(0)

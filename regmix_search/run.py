@@ -244,7 +244,10 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
 def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
     """What --json prints: about a fit from tables its scores, about an optimum or scales all of their files."""
     done = [{"stage": o.stage, "ran": o.ran, "seconds": round(o.seconds, 3), "summary": o.summary} for o in outcomes]
-    made = {name: str(search.out / name) for name in ("mixture.yaml", "optimum.json", "fit.json", "report.html")}
+    made = {
+        name: str(search.out / name)
+        for name in ("mixture.yaml", "doremi.json", "optimum.json", "fit.json", "report.html")
+    }
     files = {name: path for name, path in made.items() if Path(path).is_file()}
     if args.mixtures:
         scores = read_json(search.out / "fit.json")["summary"]
