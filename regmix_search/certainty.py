@@ -13,6 +13,7 @@ import numpy.typing as npt
 from regmix_search.choice import calibrate
 from regmix_search.goals import Goal
 from regmix_search.objective import Objective
+from regmix_search.reduction import today
 from regmix_search.region import Region
 from regmix_search.solver import solve
 from regmix_search.space import FloatArray
@@ -48,7 +49,13 @@ def refit(objective: Objective, terms: Mapping[str, float], runs: Runs, seed: in
     for i in range(count):
         rows = np.random.default_rng([seed, zlib.crc32(b"bootstrap"), i]).integers(n, size=n)
         models = [
-            (share, build_surrogate(model.name, runs.once).fit(runs.weights[rows], runs.losses[target][rows], seed))
+            (
+                share,
+                today(
+                    build_surrogate(model.name, runs.once).fit(runs.weights[rows], runs.losses[target][rows], seed),
+                    runs,
+                ),
+            )
             for (share, model), target in zip(objective.terms, terms, strict=True)
         ]
         refits.append(replace(objective, terms=tuple(models)))

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from regmix_search.choice import choose
 from regmix_search.goals import Goal, find_loss, parse_goal
+from regmix_search.reduction import today
 from regmix_search.space import FloatArray
 from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
 from regmix_search.tables import Runs, some
@@ -138,10 +139,13 @@ def fit_targets(
 
 
 def fit_chosen(runs: Runs, fit: Mapping[str, Any], name: str, surrogate: str | None = None) -> Surrogate:
-    """The surrogate that fit.json chose for a target (or another, by name), fitted to the rows it was chosen on."""
+    """The surrogate that fit.json chose for a target (or another, by name), fitted to the rows it was chosen on.
+
+    It predicts mixtures of today's domains, without text that is gone.
+    """
     train = runs.select(fit["train_index"])
     built = build_surrogate(surrogate or fit["targets"][name]["chosen"], runs.once)
-    return built.fit(train.weights, train.losses[name], fit["seed"])
+    return today(built.fit(train.weights, train.losses[name], fit["seed"]), runs)
 
 
 def _fit_target(train: Runs, held: Runs, name: str, how: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -19,7 +19,7 @@ from regmix_search.reduction import Reduction, Slice
 from regmix_search.region import Region, build_region
 from regmix_search.simulation import simulate_top
 from regmix_search.solver import MINIMUM, pareto_front, solve
-from regmix_search.space import FloatArray, Space
+from regmix_search.space import SUM_TOLERANCE, FloatArray, Space
 from regmix_search.surrogates import Surrogate
 from regmix_search.tables import Runs
 
@@ -58,20 +58,21 @@ def find_optimum(
     Surrogates are those that fit.json chose, fitted to the rows it names. Losses in nats per token. opinions: further
     surrogates whose predictions stand beside, besides fit.json's candidates. reduction: ratios that the optimum keeps.
     """
-    if tuple(space.domains) != runs.domains:
+    if tuple(space.domains) != runs.mixed.domains:
         raise ValueError(
-            f"space.json has domains {list(space.domains)}, the runs {list(runs.domains)}: same names and order"
+            f"space.json has domains {list(space.domains)}, the runs {list(runs.mixed.domains)}: same names and order"
         )
     settings = settings or OptimumConfig()
     goal = parse_goal(fit["target"] if target is None else target, fit["targets"])
     train = runs.select(fit["train_index"])
+    sample = train.weights[:, : len(space.domains)]  # without text that is gone: such rows sum to less than 1
     models = {name: fit_chosen(runs, fit, name) for name in fit["targets"]}
     prior = build_region(space, settings.bounds).pull_in(space.prior[None])[0]
-    whole = build_region(space, settings.bounds).known_only(train.weights)
-    region = whole if reduction is None else reduction.region(space, settings.bounds).known_only(train.weights)
+    whole = build_region(space, settings.bounds).known_only(sample)
+    region = whole if reduction is None else reduction.region(space, settings.bounds).known_only(sample)
     objective = _objective(goal, models, prior, settings)
-    weights = _solve(objective, region, space.prior, train.weights, minimum, seed, settings)
-    free = solve(objective, region.lift_caps(space.caps), space.prior, train.weights, minimum, seed)
+    weights = _solve(objective, region, space.prior, sample, minimum, seed, settings)
+    free = solve(objective, region.lift_caps(space.caps), space.prior, sample, minimum, seed)
     observed = goal.of(train.losses)
     interval = certainty.calibrated(objective, goal, fit["targets"])
     asked = _opinions(runs, fit, goal, opinions)
@@ -94,11 +95,11 @@ def find_optimum(
         "method": settings.method,
         "duality_gap": duality_gap(objective, region, weights),
     }
-    controls = {"prior": prior, **_controls(space, region, whole, objective, train.weights, result, seed)}
+    controls = {"prior": prior, **_controls(space, region, whole, objective, sample, result, seed)}
     result |= _surroundings(space, region, whole, interval, refits, weights, controls, result, seed)
     if settings.pareto:
         shown = {name: models[name] for name in goal.shares}
-        front = pareto_front(shown, region, space.prior, train.weights, settings.pareto, seed)
+        front = pareto_front(shown, region, space.prior, sample, settings.pareto, seed)
         result["pareto"] = [point | {"weights": space.named(point["weights"])} for point in front]
     return {**result, "warnings": _warn(result, fit, goal, settings.max_worse)}
 
@@ -150,7 +151,7 @@ def _controls(
     }
     if isinstance(region, Slice):
         controls["kept"] = region.reduction.expand(np.eye(1, len(region.caps))[0])
-        if np.linalg.matrix_rank(sample - sample.mean(axis=0), 1e-6) == len(space.domains) - 1:
+        if np.linalg.matrix_rank(sample - sample.mean(axis=0), 1e-6) >= len(space.domains) - 1:
             controls["ratio_free"] = solve(objective, whole, space.prior, sample, seed=seed)
     return controls
 
@@ -198,16 +199,17 @@ def _surroundings(
 
 def _best_observed(space: Space, region: Region, train: Runs, observed: FloatArray) -> dict[str, Any]:
     """The run of lowest loss among those that obey caps and bounds; among all when none does."""
-    obeys = np.array([region.holds(row) for row in train.weights])
-    row = int(np.argmin(np.where(obeys, observed, np.inf) if obeys.any() else observed))
+    rows = train.weights[:, : len(space.domains)]
+    obeys = np.array([region.holds(row) for row in rows])
+    row = int(np.argmin(np.where(obeys if obeys.any() else rows.sum(axis=1) > 1 - SUM_TOLERANCE, observed, np.inf)))
     loss = float(observed[row])
-    weights = space.named(train.weights[row])
+    weights = space.named(rows[row])
     return {"index": train.index[row], "weights": weights, "loss": loss, "obeys_caps": bool(obeys[row])}
 
 
 def _place(space: Space, weights: FloatArray, sample: FloatArray) -> dict[str, Any]:
     """Where the optimum lies among the mixtures that were run."""
-    nearest, usual, beyond = sampled_region(weights, sample)
+    nearest, usual, beyond = sampled_region(np.append(weights, np.zeros(sample.shape[1] - len(weights))), sample)
     return {
         "inside_sampled_region": nearest <= usual and not beyond,
         "beyond": {space.domains[i]: float(sample[:, i].max()) for i in beyond},

@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from regmix_search.designs import IntArray, embed
 from regmix_search.goals import Goal, parse_goal
-from regmix_search.reduction import Slice
+from regmix_search.reduction import Slice, today
 from regmix_search.region import Region
 from regmix_search.space import FloatArray, Space, bound, draw_mixtures, sample_mixtures
 from regmix_search.surrogates import Surrogate, build_surrogate
@@ -48,8 +48,10 @@ class Fitted:
 def fit_runs(runs: Runs, target: str | Goal, surrogate: str = SURROGATE, seed: int = 0) -> Fitted:
     """A surrogate with uncertainty for every loss of the target, fitted to all runs."""
     goal = parse_goal(target, runs.losses)
-    models = {name: build_surrogate(surrogate).fit(runs.weights, runs.losses[name], seed) for name in goal.shares}
-    return Fitted(models, goal, runs.weights, goal.of(runs.losses))
+    models = {
+        name: today(build_surrogate(surrogate).fit(runs.weights, runs.losses[name], seed), runs) for name in goal.shares
+    }
+    return Fitted(models, goal, runs.mixed.weights, goal.of(runs.mixed.losses))
 
 
 def expected_improvement(fitted: Fitted, mixtures: FloatArray) -> FloatArray:

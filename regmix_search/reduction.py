@@ -16,6 +16,7 @@ from regmix_search.objective import TINY, Objective
 from regmix_search.region import Region, build_region
 from regmix_search.space import FloatArray, Space
 from regmix_search.surrogates import Surrogate
+from regmix_search.tables import Runs
 
 KEPT = "kept"  # what the virtual domain is called where it is shown
 SLACK = 1e-9  # float64 noise of a few hundred products
@@ -163,7 +164,7 @@ class Lifted:
     @property
     def is_convex(self) -> bool:
         """A convex law is one along any linear map too."""
-        return callable(getattr(self.model, "argmin", None))
+        return bool(getattr(self.model, "is_convex", callable(getattr(self.model, "argmin", None))))
 
     def fit(self, weights: FloatArray, losses: FloatArray, seed: int = 0) -> Self:
         """Not fitted here: a surrogate learns from real mixtures."""
@@ -184,6 +185,12 @@ class LiftedSmooth(Lifted):
     def gradient(self, weights: FloatArray) -> FloatArray:
         """d loss / d reduced weights at [n, m], as [n, m]."""
         return np.asarray(self.model.gradient(weights @ self.matrix) @ self.matrix.T)  # type: ignore[attr-defined]
+
+
+def today(model: Surrogate, runs: Runs) -> Surrogate:
+    """A surrogate fitted to these runs as one of mixtures without text that is gone: of that they have 0."""
+    k = len(runs.domains)
+    return lift(model, np.eye(k - runs.gone, k)) if runs.gone else model
 
 
 def lift(model: Surrogate, matrix: FloatArray) -> Lifted:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from megatron_lite.config import diff
 from megatron_lite.files import atomic_write_json
-from regmix_search.changes import Changes, find_changes, join_earlier, translate
+from regmix_search.changes import GONE, Changes, find_changes, join_earlier, stack, translate
+from regmix_search.fits import BETTER_RUNS
 from regmix_search.freshness import digest, digest_of, read_json, read_record
 from regmix_search.inventory import TRAIN, VALID, Inventory, take_inventory
 from regmix_search.ledger import fingerprint_path
@@ -38,7 +38,10 @@ def search_runs(out: Path) -> Runs:
 
 def earlier_runs(out: Path) -> Runs | None:
     """The runs that a search has taken over, in its own domains; None without any."""
-    return read_runs(out / TABLES[0], out / TABLES[1]) if (out / TABLES[0]).is_file() else None
+    if not (out / TABLES[0]).is_file():
+        return None
+    runs = read_runs(out / TABLES[0], out / TABLES[1])
+    return replace(runs, gone=sum(name.endswith(GONE) for name in runs.domains))
 
 
 def read_reduction(out: Path, domains: Sequence[str]) -> Reduction | None:
@@ -87,7 +90,8 @@ def check_comparable(earlier: Path, settings: Mapping[str, Any], inventory: Inve
     old, new = contents.get("tokenizer"), inventory.tokenizer
     if old and new and old != new:
         raise ValueError(
-            f"{earlier}: its shards were made with another tokenizer ({old[:12]}, now {new[:12]}). {way_out}"
+            f"{earlier}: its shards were made with another tokenizer ({old[:12]}, now {new[:12]}). Make today's "
+            f"with its own and name them in shards.data_dir. {way_out}"
         )
     here = inventory.contents[VALID]
     changed = [name for name in goal if list(contents[VALID].get(name, ())) != list(here[name])]
@@ -219,13 +223,7 @@ def earlier_digests(search: Search) -> dict[str, str]:
 def read_earlier(earlier: Path) -> Runs:
     """Every finished run of an earlier search, held-back ones and those that it took over itself included."""
     fitted, held = read_ledger(earlier / "trials.jsonl")
-    tables = [fitted, *([held] if held.index else [])]
-    runs = Runs(
-        tuple(i for table in tables for i in table.index),
-        fitted.domains,
-        np.vstack([table.weights for table in tables]),
-        {name: np.concatenate([table.losses[name] for table in tables]) for name in fitted.losses},
-    )
+    runs = stack([fitted, *([held] if held.index else [])])
     before = earlier_runs(earlier)
     return runs if before is None else join_earlier(runs, before)
 
@@ -238,7 +236,8 @@ def describe(facts: Mapping[str, Any]) -> str:
     lines = [
         f"{facts['changes']}: {len(kept)} domains keep their ratio{cap}; {', '.join(facts['searched'])} searched",
         f"{saving['runs']} proxies to fit on where {k} domains searched anew would take {saving['runs_without']} at as "
-        f"many a domain: {saving['tokens_saved']:,.0f} tokens and {saving['flops_saved']:.3g} FLOPs saved; "
+        f"many a domain (enough for a law: {BETTER_RUNS * (len(facts['searched']) + 1)} and {BETTER_RUNS * k}): "
+        f"{saving['tokens_saved']:,.0f} tokens and {saving['flops_saved']:.3g} FLOPs saved; "
         f"{facts['earlier_runs']} earlier runs are fitted too",
     ]
     return "\n  ".join([*lines, *facts["notes"]])

@@ -121,12 +121,12 @@ def optimize_stage(config: SearchConfig, files: StudyFiles) -> Stage:
 
     def make() -> str:
         runs, _ = read_study(files, config.seed)
-        space = read_space(files.space, runs, config)
+        space, mixed = read_space(files.space, runs.mixed, config), runs.mixed
         optimum, text = solve_runs(out, space, runs, config)
-        named = any(isinstance(name, str) for name in runs.index)
-        numbers = range(len(runs.index)) if named else runs.index
-        write_mixtures(out / "mixtures.csv", numbers, runs.domains, runs.weights)  # what the report is drawn from
-        write_losses(out / "losses.csv", numbers, runs.losses)
+        named = any(isinstance(name, str) for name in mixed.index)
+        numbers = range(len(mixed.index)) if named else mixed.index
+        write_mixtures(out / "mixtures.csv", numbers, mixed.domains, mixed.weights)  # what the report is drawn from
+        write_losses(out / "losses.csv", numbers, mixed.losses)
         atomic_write_json(out / "space.json", space.to_json())
         train = {f"train_{domain}": weight for domain, weight in optimum["weights"].items()}
         facts = provenance(config, optimum, out / "fit.json")

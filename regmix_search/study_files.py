@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.schema import nearest
-from regmix_search.changes import find_changes, join_earlier, translate
+from regmix_search.changes import find_changes, join_earlier, stack, translate
 from regmix_search.config import SearchConfig
 from regmix_search.freshness import digest, read_json
 from regmix_search.space import FloatArray, Space, build_space, unlimited_space
@@ -53,12 +53,9 @@ def read_study(files: StudyFiles, seed: int = 0) -> tuple[Runs, Runs | None]:
 
 def _add_earlier(runs: Runs, earlier: Runs, held: Runs | None) -> Runs:
     """Runs and earlier ones, in which a domain that they do not name had weight 0; a ledger's held-back ones too."""
-    for table in (earlier, held):
-        if table is not None:
-            then, now = ({name: (0, name) for name in names} for names in (table.domains, runs.domains))
-            changes = find_changes(then, now)
-            runs = join_earlier(runs, translate(table, changes, dict.fromkeys(runs.domains, 1)))
-    return runs
+    table = earlier if held is None else stack([earlier, held])
+    then, now = ({name: (0, name) for name in names} for names in (table.domains, runs.domains))
+    return join_earlier(runs, translate(table, find_changes(then, now), dict.fromkeys(runs.domains, 1)))
 
 
 def draw_runs(runs: Runs, limit: int | None, seed: int) -> Runs:

@@ -40,6 +40,18 @@ class Runs:
     unfinished: tuple[RunId, ...] = ()  # mixtures that had no losses, left out
     notes: tuple[str, ...] = ()  # what else was left out of the table, in words
     once: FloatArray | None = None  # [k] weights at which a run has read each domain once; None: not known
+    gone: int = 0  # so many of the domains, the last ones, are text that no mixture can have any more
+
+    @property
+    def mixed(self) -> Runs:
+        """The runs without text that is gone, in the domains that are left."""
+        if not self.gone:
+            return self
+        k = len(self.domains) - self.gone
+        rows = np.flatnonzero(self.weights[:, k:].sum(axis=1) == 0)
+        losses = {target: values[rows] for target, values in self.losses.items()}
+        index = tuple(self.index[row] for row in rows)
+        return Runs(index, self.domains[:k], self.weights[rows, :k], losses, self.unfinished, self.notes)
 
     def select(self, index: Iterable[RunId]) -> Runs:
         """The runs with these indices, in the given order. Raises ValueError naming those that are not here."""
@@ -48,7 +60,7 @@ class Runs:
             raise ValueError(f"runs {some(unknown)} have no finished losses; there are {len(self.index)} finished runs")
         picks = [rows[i] for i in wanted]
         losses = {target: values[picks] for target, values in self.losses.items()}
-        more = (self.unfinished, self.notes, self.once)
+        more = (self.unfinished, self.notes, self.once, self.gone)
         return Runs(wanted, self.domains, self.weights[picks], losses, *more)
 
     def without(self, index: Iterable[RunId]) -> Runs:

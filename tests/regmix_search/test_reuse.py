@@ -9,19 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted_law import draw, planted
 
 from megatron_lite.files import atomic_write_json
 from megatron_lite.testing import write_tiny_shards
 from regmix_search import run as cli
 from regmix_search.changes import Changes, find_changes, join_earlier, translate
-from regmix_search.config import load_search
+from regmix_search.config import OptimumConfig, load_search
+from regmix_search.fits import fit_chosen, fit_targets
 from regmix_search.freshness import bring_up_to_date, digest_of, read_json
+from regmix_search.optimize import find_optimum
+from regmix_search.proposals import fit_runs
 from regmix_search.reduction import Reduction
 from regmix_search.reuse import plan_reuse, read_reduction, search_runs
 from regmix_search.search import Search
 from regmix_search.space import Space
 from regmix_search.stages import mixtures, settings
-from regmix_search.tables import Runs, read_mixtures
+from regmix_search.tables import Runs, read_mixtures, write_losses
 
 THEN = {"a": (100, "xa"), "b": (200, "xb"), "c": (300, "xc"), "d": (400, "xd")}
 KEYS = (
@@ -72,19 +76,51 @@ def old_runs() -> Runs:
     return Runs((3, 5, 7, 9), tuple("abcd"), weights, {"b": np.arange(4.0), "x": np.arange(4.0) + 10})
 
 
-def test_earlier_runs_are_kept_where_the_same_mixture_could_be_run_today() -> None:
-    """Added: weight 0. Split: by tokens. Removed or revised: only runs that had none; the others are counted."""
+def test_earlier_runs_are_put_into_todays_domains() -> None:
+    """Added: weight 0. Split: by tokens. Removed or revised: beside today's domains, and counted."""
     tokens = {"e": 5, "d1": 300, "b": 200, "c": 300, "d2": 100}
     changes = Changes({"b": "b", "c": "c"}, added=("e",), removed=("a",), split={"d": ("d1", "d2")})
     found = translate(old_runs(), changes, tokens)
-    assert found.index == (5, 9) and found.domains == tuple(tokens) and found.losses["x"].tolist() == [11, 13]
-    np.testing.assert_allclose(found.weights, [[0, 0, 0.2, 0.8, 0], [0, 0.3, 0, 0.6, 0.1]])
-    assert found.notes == ("2 of 4 earlier runs left out: they had text of a",)
-    revised = Changes({name: name for name in "abc"}, revised=("d",))
-    assert translate(old_runs(), revised, dict.fromkeys("abcd", 1)).index == (3, 5)
+    assert found.domains == (*tokens, "a (gone)") and found.gone == 1 and found.index == old_runs().index
+    np.testing.assert_allclose(found.weights[2], [0, 0.3, 0.2, 0.3, 0.1, 0.1])
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1)
+    assert found.notes[0].startswith("2 of 4 earlier runs had text of a as it was")
+    assert found.mixed.index == (5, 9) and found.mixed.domains == tuple(tokens) and not found.mixed.gone
+    np.testing.assert_allclose(found.mixed.weights, [[0, 0, 0.2, 0.8, 0], [0, 0.3, 0, 0.6, 0.1]])
+    assert found.mixed.losses["x"].tolist() == [11, 13]
+    revised = translate(old_runs(), Changes({name: name for name in "abc"}, revised=("d",)), dict.fromkeys("abcd", 1))
+    assert revised.domains == (*"abcd", "d (gone)") and revised.mixed.index == (3, 5)
+    assert revised.weights[:, 3].max() == 0, "text as it was does not count as text of today"
     everything = translate(old_runs(), Changes({name: name for name in "abcd"}), dict.fromkeys("abcd", 1))
     np.testing.assert_allclose(everything.weights, old_runs().weights)
-    assert not everything.notes
+    assert not everything.notes and everything.mixed is everything
+    again = translate(revised, Changes({"a": "a", "b": "b"}, removed=("c", "d")), {"a": 1, "b": 1})
+    assert again.domains == ("a", "b", "c (gone)", "d (gone)"), "what was gone stays gone"
+
+
+def test_a_removed_domain_is_a_feature_of_the_fit_and_no_part_of_the_optimum() -> None:
+    """Six runs without it alone could not tell five slopes; all forty do, and the optimum is the true one."""
+    rows = draw(40, 0)
+    old = Runs(tuple(range(40)), tuple("abcde"), rows, {"l": planted(rows, 0)})
+    kept = {name: name for name in "bcde"}
+    new = np.vstack([draw(5, 1, 4), draw(5, 1, 4)[:1]])
+    fresh = Runs(tuple(range(6)), tuple("bcde"), new, {"l": planted(np.hstack([np.zeros((6, 1)), new]), 1)})
+    runs = join_earlier(fresh, translate(old, Changes(kept, removed=("a",)), dict.fromkeys("bcde", 1)))
+    assert runs.domains == (*"bcde", "a (gone)") and runs.gone == 1 and len(runs.index) == 46
+    fit = fit_targets(runs, "l", names=("effective",))
+    space = Space(tuple("bcde"), None, np.full(4, 0.25), np.array([0.6, 1, 1, 1]), None, None)
+    found = find_optimum(space, runs, fit, settings=OptimumConfig(bootstraps=3))
+    weights = np.array(list(found["weights"].values()))
+    assert list(found["weights"]) == list("bcde") and weights.sum() == pytest.approx(1)
+    grid = np.hstack([np.zeros((4000, 1)), np.random.default_rng(0).dirichlet(np.full(4, 0.5), 4000)])
+    lowest = planted(grid[grid[:, 1] <= 0.6]).min()
+    assert planted(np.append(0, weights)[None])[0] - lowest < 0.01, "the noise of one run"
+    assert sum(found["best_observed"]["weights"].values()) == pytest.approx(1)
+    model = fit_chosen(runs, fit, "l")
+    assert np.std(model.predict(new) - fresh.losses["l"]) < 0.02
+    proposed = fit_runs(runs, "l")
+    assert proposed.weights.shape[1] == 4 and proposed.losses.min() >= runs.mixed.losses["l"].min()
+    assert np.isfinite(proposed.predict(new)).all()
 
 
 def test_joined_tables_keep_who_is_who_and_say_which_losses_are_not_fitted() -> None:
@@ -170,6 +206,20 @@ def test_what_was_taken_over_is_fitted_and_outlives_the_earlier_folder(folders) 
     assert len(search_runs(search.out).index) == 9 and read_reduction(search.out, runs.domains) is None
 
 
+def test_text_that_is_gone_is_kept_in_the_tables_of_a_search(folders) -> None:
+    write_tiny_shards(folders / "other", tuple("abcde"), documents=70)
+    for file in (folders / "other").glob("train_c*"):
+        shutil.copy(file, folders / "shards" / file.name)
+    search = reusing(folders)
+    mixtures(search).make()
+    index, _, rows = read_mixtures(search.out / "mixtures.csv")
+    write_losses(search.out / "losses.csv", index, {"b": 5 - rows[:, 1]})
+    runs = search_runs(search.out)
+    assert runs.gone == 1 and runs.domains == (*"abcde", "c (gone)") and len(runs.index) == 18
+    assert runs.weights[:9, 5].max() == 0 < runs.weights[9:, 5].max() and runs.mixed.domains == tuple("abcde")
+    assert "had text of c as it was" in search.stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -211,7 +261,7 @@ def test_domains_may_be_freed_and_revised_ones_are(folders) -> None:
     assert str(found.changes) == "added e; revised c"
     assert isinstance(found.reduction, Reduction) and found.reduction.free == ("a", "c", "e")
     assert found.reduction.ratios == pytest.approx({"b": 1.0, "d": 0.0})
-    assert found.runs is not None and found.runs.weights[:, 2].max() == 0 and 0 < len(found.runs.index) < 9
+    assert found.runs is not None and found.runs.weights[:, 2].max() == 0 and found.runs.domains[5:] == ("c (gone)",)
 
 
 def test_an_earlier_search_whose_shards_nobody_knows_any_more_is_refused(folders) -> None:

@@ -219,7 +219,7 @@ def test_a_search_may_minimise_several_losses(smoke, tmp_path):
         finish(out, *several, "--stage", stage)
     found = json.loads((out / "optimum.json").read_text())
     assert found["target"] == {"prose": 0.25, "python": 0.75} and sum(found["weights"].values()) == pytest.approx(1)
-    assert "a mean of several losses" in (out / "report.md").read_text()
+    assert "0.25 prose + 0.75 python" in (out / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_a_study_ends_with_a_report_and_exports(tmp_path, capsys) -> None:
 
 
 def test_earlier_runs_of_fewer_domains_are_fitted_when_they_are_asked_for(tmp_path, capsys) -> None:
-    """A domain that an earlier table lacks had weight 0; a run with text that is gone is left out, and said to be."""
+    """A domain that an earlier table lacks had weight 0; text that is gone is a domain of the fit alone."""
     runs, old = make_runs(), make_runs(12, 1)
     files = write(tmp_path, runs)
     pair = np.hstack([old.weights[:, :2] / old.weights[:, :2].sum(axis=1, keepdims=True), np.zeros((12, 1))])
@@ -245,8 +245,8 @@ def test_earlier_runs_of_fewer_domains_are_fitted_when_they_are_asked_for(tmp_pa
     command = ["--stage", "optimize", *files, "--target", "a", "--surrogate", "linear", "--out", str(tmp_path / "o")]
     assert cli.main([*command, *earlier, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["fit"]["n_train"] == 40 + 11
-    assert "1 of 12 earlier runs left out: they had text of gone" in printed["warnings"]
+    assert printed["fit"]["n_train"] == 40 + 12 and list(printed["weights"]) == list(DOMAINS)
+    assert any(text.startswith("1 of 12 earlier runs had text of gone as it was") for text in printed["warnings"])
     rows = read_mixtures(tmp_path / "o" / "mixtures.csv")
     assert rows[0] == tuple(range(51)) and rows[2][40:, 2].max() == 0
     np.testing.assert_allclose(rows[2][40:, :2], pair[1:, :2], atol=1e-12)
