@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from regmix_search.freshness import digest, read_json
 from regmix_search.space import FloatArray, Space, build_space, unlimited_space
 from regmix_search.tables import TRAIN_PREFIX, Runs, read_ledger, read_runs
 
-KEYS = ("tokens", "prior", "target_tokens", "max_epochs")  # of a file that is no space.json
+KEYS = ("tokens", "prior", "target_tokens", "max_epochs", "run_tokens")  # of a file that is no space.json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,20 @@ def read_study(files: StudyFiles, seed: int = 0) -> tuple[Runs, Runs | None]:
     runs = draw_runs(runs, files.limit, seed)
     if files.earlier_mixtures:
         runs = _add_earlier(runs, *_read(files.earlier_mixtures, files.earlier_losses))
-    return runs, test
+    return replace(runs, once=_read_once(files.space, runs.domains)), test
+
+
+def _read_once(path: Path | None, domains: Sequence[str]) -> FloatArray | None:
+    """Weights [k] at which a run has read each domain once: tokens over run_tokens, where --space says both."""
+    content = read_json(path) if path is not None and path.suffix == ".json" else {}
+    if path is None or "run_tokens" not in content:
+        return None
+    length, held = content["run_tokens"], content.get("tokens")
+    if not (isinstance(length, int | float) and length > 0 and isinstance(held, dict)):
+        raise ValueError(
+            f"{path}: run_tokens {length!r} needs to be the tokens of a run, beside tokens, {{domain: count}}"
+        )
+    return np.array([float(count) for count in _in_order(path, held, domains).values()]) / length
 
 
 def _add_earlier(runs: Runs, earlier: Runs, held: Runs | None) -> Runs:
@@ -73,7 +86,8 @@ def read_space(path: Path | None, runs: Runs, config: SearchConfig) -> Space:
 
     None: no caps, and the mean mixture as prior. YAML: a mixture, whose weights are the prior. JSON: a search's
     space.json, or {"tokens": {domain: count}} with target_tokens, max_epochs and prior where they are not the config's;
-    then a cap is max_epochs * tokens / target_tokens. ValueError names what is missing.
+    then a cap is max_epochs * tokens / target_tokens. run_tokens, the length of the runs, makes epochs a feature of the
+    fit. ValueError names what is missing.
     """
     if path is None:
         return unlimited_space(runs.domains, dict(zip(runs.domains, runs.weights.mean(axis=0).tolist(), strict=True)))
@@ -91,10 +105,8 @@ def read_space(path: Path | None, runs: Runs, config: SearchConfig) -> Space:
         tokens = None if found.tokens is None else found.tokens[order]
         ends = (found.target_tokens, found.max_epochs)
         return Space(runs.domains, tokens, found.prior[order], found.caps[order], *ends)
-    if unknown := sorted(set(content) - {"tokens", "prior", "target_tokens", "max_epochs"}):
-        raise ValueError(
-            f"{path}: unknown key {unknown[0]!r}.{nearest(unknown[0], ('tokens', 'prior', 'target_tokens'))}"
-        )
+    if unknown := sorted(set(content) - set(KEYS)):
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}.{nearest(unknown[0], KEYS)}")
     length = content.get("target_tokens", config.target_tokens)
     if not isinstance(content.get("tokens"), dict) or not length:
         raise ValueError(f"{path}: needs tokens, {{domain: count}}, and target_tokens (or --set target_tokens=N)")

@@ -1,5 +1,8 @@
 """Epochs as a feature of a surrogate: chosen where runs repeat and repeats are worth less, absent where they do not."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from planted_law import NOISE, POWERS, RATES, K, draw
@@ -9,8 +12,9 @@ from regmix_search.choice import choose
 from regmix_search.fits import fit_chosen, fit_targets
 from regmix_search.objective import Objective
 from regmix_search.repeats import EffectiveRepeats
+from regmix_search.study_files import StudyFiles, read_study
 from regmix_search.surrogates import from_json, to_json
-from regmix_search.tables import Runs
+from regmix_search.tables import Runs, write_losses, write_mixtures
 
 ONCE = np.array([0.05, 0.1, 2.0, 2.0, 2.0])  # a run that takes a fifth of its tokens from domain 0 reads it four times
 SATURATION = 1.0
@@ -67,3 +71,19 @@ def test_refits_count_epochs_too() -> None:
     law = EffectiveRepeats(ONCE).fit(runs().weights, runs().losses["x"])
     models = [each.terms[0][1] for each in refit(Objective(((1.0, law),)), {"x": 1.0}, runs(), 0, 3).objectives]
     assert all(0.3 < model.saturation < 4 for model in models)  # type: ignore[attr-defined]
+
+
+def test_tables_count_epochs_where_the_space_says_how_long_a_run_was(tmp_path: Path) -> None:
+    given = runs()
+    write_mixtures(tmp_path / "M.csv", given.index, given.domains, given.weights)  # type: ignore[arg-type]
+    write_losses(tmp_path / "L.csv", given.index, given.losses)  # type: ignore[arg-type]
+    held = dict(zip("edcba", (1000 * ONCE[::-1]).tolist(), strict=True))
+    space = {"tokens": held, "target_tokens": 9_000}
+    files = StudyFiles(tmp_path / "M.csv", tmp_path / "L.csv", space=tmp_path / "space.json")
+    for extra, once in (({}, None), ({"run_tokens": 1000}, ONCE)):
+        (tmp_path / "space.json").write_text(json.dumps({**space, **extra}))
+        found = read_study(files)[0].once
+        assert found is None if once is None else found == pytest.approx(once)
+    (tmp_path / "space.json").write_text(json.dumps({**space, "run_tokens": "long"}))
+    with pytest.raises(ValueError, match="run_tokens 'long'"):
+        read_study(files)
