@@ -47,7 +47,7 @@ def read_study(files: StudyFiles, seed: int = 0) -> tuple[Runs, Runs | None]:
         test = Runs(test.index, runs.domains, _reorder(test, runs.domains), test.losses)
     runs = draw_runs(runs, files.limit, seed)
     if files.earlier_mixtures:
-        runs = _add_earlier(runs, *_read(files.earlier_mixtures, files.earlier_losses))
+        return _add_earlier(runs, *_read(files.earlier_mixtures, files.earlier_losses)), test  # of any length
     return replace(runs, once=_read_once(files.space, runs.domains)), test
 
 

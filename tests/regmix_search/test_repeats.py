@@ -1,6 +1,7 @@
 """Epochs as a feature of a surrogate: chosen where runs repeat and repeats are worth less, absent where they do not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ def test_tables_count_epochs_where_the_space_says_how_long_a_run_was(tmp_path: P
         (tmp_path / "space.json").write_text(json.dumps({**space, **extra}))
         found = read_study(files)[0].once
         assert found is None if once is None else found == pytest.approx(once)
+    assert read_study(replace(files, earlier_mixtures=files.mixtures, earlier_losses=files.losses))[0].once is None
     (tmp_path / "space.json").write_text(json.dumps({**space, "run_tokens": "long"}))
     with pytest.raises(ValueError, match="run_tokens 'long'"):
         read_study(files)
