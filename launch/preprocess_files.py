@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(args.output_dir) / "preprocessing"
         with Driver(folder / "drivers") as driver:
             module = "launch.preprocess_files"
-            executor = build_executor(function, config, config.workers, 1, folder, driver.path, module)
+            executor = build_executor(function, config, config.workers, 1, folder, driver.path, module, on_gpus=False)
             failed = run_files(executor, function.files, config.retries)
         if failed:
             raise ValueError(f"{len(failed)} of {len(shards)} files failed: {'; '.join(failed.values())}")

@@ -110,11 +110,12 @@ def build_executor(
     folder: Path,
     heartbeat: Path,
     module: str = "regmix_search.executors.task",
+    on_gpus: bool = True,
 ) -> Executor:
     """The executor that the config names. ``workers``: trials at a time, 0: as many as fit; ``threads``: of each.
 
     ``folder``: on a file system that all machines see; ``heartbeat``: touched while this driver lives; ``module``: what
-    ``python -m`` runs on another machine.
+    ``python -m`` runs on another machine; ``on_gpus``: False for trials that would leave a GPU idle.
     """
     if config.executor == "slurm":
         from regmix_search.executors.slurm import SlurmQueue
@@ -125,8 +126,8 @@ def build_executor(
     if config.executor == "ray":
         from regmix_search.executors.ray_tasks import RayTasks
 
-        return RayTasks(function, workers, threads, config.per_gpu, config.ray.address)
-    gpus = visible_gpus()
+        return RayTasks(function, workers, threads, config.per_gpu * on_gpus, config.ray.address)
+    gpus = visible_gpus() if on_gpus else ()
     fitting = len(gpus) * config.per_gpu or max(1, len(os.sched_getaffinity(0)) // threads)
     return LocalPool(function, workers or fitting, threads, gpus)
 

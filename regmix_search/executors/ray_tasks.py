@@ -20,7 +20,10 @@ class RayTasks:
     def __init__(
         self, function: TrialFunction, workers: int = 0, threads: int = 1, per_gpu: int = 1, address: str | None = None
     ) -> None:
-        """``workers``: trials at a time, 0: as many as the cluster's CPUs and GPUs hold when it is asked."""
+        """``workers``: trials at a time, 0: as many as the cluster's CPUs and GPUs hold when it is asked.
+
+        ``per_gpu``: trials that share a GPU, where the cluster has GPUs; 0: they need none.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts
         try:
             import ray
@@ -34,7 +37,7 @@ class RayTasks:
             new = address is None and not os.environ.get("RAY_ADDRESS")
             self.ray.init(address=address, log_to_driver=False, **({"include_dashboard": False} if new else {}))
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would not let the ledger release its trials
-        gpus = 1 / per_gpu if self.ray.cluster_resources().get("GPU") else 0
+        gpus = 1 / per_gpu if per_gpu and self.ray.cluster_resources().get("GPU") else 0
         self.task = self.ray.remote(_run).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
         self.function = self.ray.put(function)
         self.running: dict[Any, tuple[Trial, float]] = {}  # reference -> trial and when it was submitted
@@ -42,7 +45,9 @@ class RayTasks:
     def free(self) -> int:
         """How many trials may be submitted now; a cluster that grows takes more."""
         have = self.ray.cluster_resources()
-        fitting = min(have.get("CPU", 0) // self.threads, have.get("GPU", float("inf")) * self.per_gpu)
+        fitting = have.get("CPU", 0) // self.threads
+        if self.per_gpu and have.get("GPU"):
+            fitting = min(fitting, have["GPU"] * self.per_gpu)
         return int(max(0, (self.workers or max(1, fitting)) - len(self.running)))
 
     def submit(self, trial: Trial) -> None:

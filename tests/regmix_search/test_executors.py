@@ -273,7 +273,7 @@ def test_ray_tasks_take_their_fraction_of_a_gpu(tmp_path, monkeypatch):
     ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with closing(RayTasks(Scripted(str(tmp_path), dict.fromkeys(range(4), "meet")), per_gpu=2)) as executor:
-            assert executor.free() == 4
+            assert executor.free() == 4 and RayTasks(see_gpu, per_gpu=0).free() == 8
             for trial in meeting(4):
                 executor.submit(trial)
             seen = Counter(outcome.result["worker"]["gpu"] for outcome in run_on(executor, 4))  # type: ignore[index]
@@ -283,9 +283,9 @@ def test_ray_tasks_take_their_fraction_of_a_gpu(tmp_path, monkeypatch):
 
 
 def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monkeypatch):
-    def pool(workers: int = 0, threads: int = 1, per_gpu: int = 1) -> LocalPool:
-        config = ProxiesConfig(per_gpu=per_gpu)
-        built = build_executor(Scripted(str(tmp_path), {}), config, workers, threads, tmp_path, tmp_path)  # type: ignore[arg-type]
+    def pool(workers: int = 0, threads: int = 1, per_gpu: int = 1, **rest: bool) -> LocalPool:
+        function: Any = Scripted(str(tmp_path), {})
+        built = build_executor(function, ProxiesConfig(per_gpu=per_gpu), workers, threads, tmp_path, tmp_path, **rest)
         assert isinstance(built, LocalPool)
         return built
 
@@ -295,6 +295,7 @@ def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
     assert [pool().size, pool(per_gpu=3).size, pool(workers=1).size] == [2, 6, 1]
     assert pool().gpus == ("0", "3")
+    assert pool(on_gpus=False).gpus == () and pool(on_gpus=False).size == 8, "tokenising needs no GPU"
 
 
 def test_workers_are_dealt_to_gpus_in_turn_and_a_new_one_takes_the_place_of_a_dead_one(tmp_path, monkeypatch):
