@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -44,6 +43,18 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """Ray counts GPUs by what it is told, so two that are not there will do."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(SCRIPT).parent}:{Path(SCRIPT).parents[2]}")  # of Ray's workers
+        ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        assert ray.is_initialized(), "a Ray of somebody else's was ended"
+        ray.shutdown()
+
+
 def slurm_queue(folder: Path, first: dict[int, str], **settings: Any) -> SlurmQueue:
     config = {key: settings.pop(key) for key in ("chunk", "gpus", "options") if key in settings}
     command = (sys.executable, SCRIPT, str(folder), json.dumps(first))
@@ -68,13 +79,9 @@ def local_pool(folder: Path, first: dict[int, str]) -> Executor:
         pytest.param("ray", marks=pytest.mark.slow),
     ]
 )
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Build:
-    if request.param == "slurm":
-        request.getfixturevalue("slurm")
-    if request.param == "ray":
-        if importlib.util.find_spec("ray") is None:
-            pytest.skip("Ray is not installed: pip install ray")
-        monkeypatch.setenv("PYTHONPATH", f"{Path(SCRIPT).parent}:{Path(SCRIPT).parents[2]}")  # of Ray's workers
+def build(request: pytest.FixtureRequest) -> Build:
+    if request.param != "local":
+        request.getfixturevalue({"slurm": "slurm", "ray": "ray_cluster"}[request.param])
     return {"local": local_pool, "slurm": slurm_queue, "ray": ray_tasks}[request.param]
 
 
@@ -264,22 +271,15 @@ def test_a_slurm_task_packs_proxies_on_the_gpus_that_it_got(slurm, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_tasks_take_their_fraction_of_a_gpu(tmp_path, monkeypatch):
-    """Ray counts GPUs by what it is told, so two that are not there will do."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+def test_ray_tasks_take_their_fraction_of_a_gpu(ray_cluster, tmp_path):
     from regmix_search.executors.ray_tasks import RayTasks
 
-    monkeypatch.setenv("PYTHONPATH", f"{Path(SCRIPT).parent}:{Path(SCRIPT).parents[2]}")
-    ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        with closing(RayTasks(Scripted(str(tmp_path), dict.fromkeys(range(4), "meet")), per_gpu=2)) as executor:
-            assert executor.free() == 4 and RayTasks(see_gpu, per_gpu=0).free() == 8
-            for trial in meeting(4):
-                executor.submit(trial)
-            seen = Counter(outcome.result["worker"]["gpu"] for outcome in run_on(executor, 4))  # type: ignore[index]
-        assert seen == {"0": 2, "1": 2} and ray.is_initialized(), "a Ray of somebody else's is not ended"
-    finally:
-        ray.shutdown()
+    with closing(RayTasks(Scripted(str(tmp_path), dict.fromkeys(range(4), "meet")), per_gpu=2)) as executor:
+        assert executor.free() == 4 and RayTasks(see_gpu, per_gpu=0).free() == 8
+        for trial in meeting(4):
+            executor.submit(trial)
+        seen = Counter(outcome.result["worker"]["gpu"] for outcome in run_on(executor, 4))  # type: ignore[index]
+    assert seen == {"0": 2, "1": 2}
 
 
 def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monkeypatch):
