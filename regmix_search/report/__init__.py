@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.report import exhibits, figures
-from regmix_search.report.evidence import Evidence, finite, read_evidence
+from regmix_search.report.evidence import Evidence, finite, read_evidence, read_mixtures
 from regmix_search.report.findings import as_sentence, gather_facts, noise_sd
 from regmix_search.report.goal import follow_goal
 from regmix_search.report.numerals import count, markdown_cell, minus, ratio
@@ -60,8 +60,20 @@ def draw_figures(evidence: Evidence, facts: dict[str, Any]) -> dict[str, str]:
     }
     if sampled := {t.index: t.weights for t in evidence.trials if t.weights and t.kind != "repeat"}:
         best = [t.index for t in exhibits.best_trials(evidence, target)]
-        drawn["design"] = figures.draw_design(order, sampled, best, weights["prior"], weights["optimal"])
+        drawn["design"] = figures.draw_design(
+            order, sampled, best, weights["prior"], weights["optimal"], _rounds(evidence)
+        )
     return drawn
+
+
+def _rounds(evidence: Evidence) -> dict[int, int]:
+    """The round that proposed each proxy: those that mixtures.csv has beyond design.csv, a batch at a time."""
+    design, batch = evidence.run_dir / "design.csv", finite((evidence.config.get("mixtures") or {}).get("batch"))
+    if not design.is_file() or not batch >= 1:
+        return {}
+    drawn = read_mixtures(design)[0]
+    later = [trial.index for trial in evidence.trials if trial.index not in drawn]
+    return {index: 1 + int(place // batch) for place, index in enumerate(later)}
 
 
 def _scatters(evidence: Evidence, facts: dict[str, Any]) -> dict[str, str]:

@@ -98,7 +98,7 @@ class Evidence:
 
 def read_evidence(run_dir: Path) -> Evidence:
     """Read a search folder. Only mixtures.csv is required: ValueError without it, or when it cannot be parsed."""
-    planned, domains = _read_mixtures(run_dir / MIXTURES)
+    planned, domains = read_mixtures(run_dir / MIXTURES)
     missing = {name: why for name, why in WITHOUT.items() if not (run_dir / name).is_file()}
     problems: list[str] = []
     space, fit, optimum, train, manifest = (
@@ -146,7 +146,8 @@ def finite_dict(values: Any, prefix: str = "") -> dict[str, float]:
     return {name: value for name, value in pairs if not math.isnan(value)}
 
 
-def _read_mixtures(path: Path) -> tuple[dict[int, dict[str, float]], tuple[str, ...]]:
+def read_mixtures(path: Path) -> tuple[dict[int, dict[str, float]], tuple[str, ...]]:
+    """Weights by trial, and the domains. ValueError where the file is not there or cannot be parsed."""
     if not path.is_file():
         raise ValueError(f"{path}: not found; a report needs at least the mixtures: run `--stage mixtures` first")
     with path.open(newline="", encoding="utf-8") as file:

@@ -144,13 +144,17 @@ def draw_design(
     best: Sequence[int],
     prior: Mapping[str, float],
     optimal: Mapping[str, float],
+    rounds: Mapping[int, int],
 ) -> str:
-    """Every proxy's weights by domain, square-root axis: dots, the best ringed, prior a bar, optimum a diamond."""
+    """Every proxy's weights by domain, square-root axis: dots, the best ringed, prior a bar, optimum a diamond.
+
+    `rounds`: the round that proposed a proxy, where one did; these dots have a colour of their own.
+    """
     top, bottom = 22, 22 + ROW * len(names)
     canvas = Canvas(bottom + 34, "Sampled weights of every domain with the optimum marked")
     x = Scale(0, 1, LEFT, WIDTH - 12, 0.5)
     canvas.axis_x(x, [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], top, bottom, "weight (square-root scale)")
-    _design_key(canvas)
+    _design_key(canvas, bool(rounds))
     for row, name in enumerate(names):
         middle = top + ROW * row + ROW / 2
         values = np.array([weights.get(name, 0.0) for weights in sampled.values()])
@@ -160,7 +164,8 @@ def draw_design(
         for position, (index, weights) in enumerate(sampled.items()):
             y = middle + (position * GOLDEN % 1 - 0.5) * 13
             cls, radius = ("ring", 3.4) if index in best else ("spot", 2.0)
-            canvas.circle(x(weights.get(name, 0.0)), y, radius, cls)
+            cls, words = (f"{cls} late", f"round {rounds[index]}") if index in rounds else (cls, "")
+            canvas.circle(x(weights.get(name, 0.0)), y, radius, cls, words)
         if name in prior:
             canvas.line(x(prior[name]), middle - 10, x(prior[name]), middle + 10, "mark", f"prior {prior[name]:.4f}")
         if name in optimal:
@@ -211,7 +216,7 @@ def smooth(curve: Sequence[Point], window: int) -> list[Point]:
     ]
 
 
-def _design_key(canvas: Canvas) -> None:
+def _design_key(canvas: Canvas, rounds: bool) -> None:
     canvas.circle(LEFT + 8, 8, 2.0, "spot")
     canvas.text(LEFT + 16, 12, "proxy", "head")
     canvas.circle(LEFT + 66, 8, 3.4, "ring")
@@ -220,6 +225,9 @@ def _design_key(canvas: Canvas) -> None:
     canvas.text(LEFT + 154, 12, "prior", "head")
     canvas.diamond(LEFT + 204, 8, 6, "f-optimal rim")
     canvas.text(LEFT + 215, 12, "optimum", "head")
+    if rounds:
+        canvas.circle(LEFT + 278, 8, 2.0, "spot late")
+        canvas.text(LEFT + 286, 12, "by a round", "head")
 
 
 def _visible(curve: Sequence[Point], x: Scale, y: Scale) -> list[Point]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from regmix_search.report.corpus import missing_files, shared_files
 from regmix_search.report.evidence import Evidence, finite, finite_dict
 from regmix_search.report.numerals import count
 from regmix_search.report.verdict import (
@@ -34,7 +35,7 @@ def gather_facts(evidence: Evidence) -> dict[str, Any]:
         "version": 1,
         "run": evidence.run_dir.resolve().name,
         "target": target,
-        "missing": evidence.missing,
+        "missing": missing_files(evidence),
         "weights": _weights(evidence),
         "trials": _count_trials(evidence),
         **_noise(evidence, target),
@@ -228,6 +229,8 @@ def _retraining_warnings(evidence: Evidence, facts: dict[str, Any]) -> list[str]
             f"The retrained models were not scored on a test half: the verdict rests on {judged}, on which the search"
             " was fitted, and flatters the optimum."
         )
+    elif shared := shared_files(evidence, facts["target"]):
+        found.append(shared)
     if facts["seed_df"] == 0:
         found.append("Every mixture was retrained with one seed: there is no interval, so no claim is made.")
     elif facts["seed_sd"] == 0:
