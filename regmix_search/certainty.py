@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,16 +171,33 @@ def left_to_gain(
     }
 
 
-def tokens_saved(gain: float, tokens: int | None) -> dict[str, Any]:
+def tokens_saved(gain: float, tokens: int | None, curve: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
     """Share of a run's tokens after which the optimum would be where the prior ends, if its gain holds all the way.
 
-    Chinchilla's loss falls by B (d^-b - tokens^-b) from d tokens on; None when the length of the run is not known.
+    curve: (tokens, loss) of proxies on the prior: when were they a gain above their end? Without it Chinchilla's loss
+    tells, which falls by B (d^-b - tokens^-b) from d tokens on; None when the length of the run is not known either.
     """
+    if len(curve) > 1 and gain >= 0:
+        passed, losses = np.array(curve).T
+        lowest = np.minimum.accumulate(losses)[::-1]  # rising, as interp wants it
+        left = float(np.exp(np.interp(losses[-1] + gain, lowest, np.log(passed)[::-1])))
+        short = ", at least" if losses[-1] + gain > losses[0] + 1e-9 else ""
+        why = f"by the learning curves of the proxies on the prior{short}, the optimum's run parallel to theirs"
+        return {"share": 1 - left / passed[-1], "of_tokens": int(passed[-1]), "why": why}
     if not tokens:
         return {"share": None, "why": "the length of the run is not known: set target_tokens"}
     term = DATA_B * tokens**-DATA_POWER
     share = 1 - (1 + gain / term) ** (-1 / DATA_POWER) if gain > -term else None
     return {"share": share, "of_tokens": tokens, "why": "by the data term of Chinchilla's law (Besiroglu et al. 2024)"}
+
+
+def prior_curve(events: Iterable[Mapping[str, Any]], goal: Goal) -> list[tuple[float, float]]:
+    """(tokens, loss of the goal), the mean over the finished repeats of the prior; empty where they kept no curves."""
+    curves = [e["curve"] for e in events if e.get("kind") == "repeat" and e.get("curve") and not e.get("stopped")]
+    found: dict[float, list[float]] = {}
+    for point in (point for curve in curves for point in curve if goal.shares.keys() <= point["losses"].keys()):
+        found.setdefault(point["tokens"], []).append(float(goal.of({n: [point["losses"][n]] for n in goal.shares})[0]))
+    return [(tokens, float(np.mean(values))) for tokens, values in sorted(found.items()) if len(values) == len(curves)]
 
 
 def _named(domains: Sequence[str], weights: FloatArray) -> dict[str, float]:

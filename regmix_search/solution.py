@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.files import atomic_write_json
+from regmix_search.certainty import prior_curve, tokens_saved
 from regmix_search.config import SearchConfig
 from regmix_search.fits import fit_targets, fit_workers
 from regmix_search.freshness import digest, read_json
@@ -47,9 +48,17 @@ def fit_runs(out: Path, runs: Runs, held: list[Any], config: SearchConfig, doubt
 
 
 def solve_runs(
-    out: Path, space: Space, runs: Runs, config: SearchConfig, exposure: Exposure | None = None
+    out: Path,
+    space: Space,
+    runs: Runs,
+    config: SearchConfig,
+    exposure: Exposure | None = None,
+    events: Iterable[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Writes optimum.json; returns it, and what it says in a line. exposure: what target run and proxies read."""
+    """Writes optimum.json; returns it, and what it says in a line.
+
+    exposure: what target run and proxies read. events: finished trials of a ledger, for their learning curves.
+    """
     fit, minimum = read_json(out / "fit.json"), config.mixtures.minimum
     asked = SURROGATES if len(parse_goal(fit["target"], fit["targets"]).shares) <= OPINIONS else ()
     how: dict[str, Any] = {"minimum": minimum, "seed": config.seed, "settings": config.optimum, "opinions": asked}
@@ -57,6 +66,8 @@ def solve_runs(
     optimum = find_optimum(space, runs, fit, reduction=reduction, **how)
     if reduction is not None:
         optimum["reuse"] = describe(read_json(out / "reuse.json"))
+    if curve := prior_curve(events, parse_goal(fit["target"], fit["targets"])):
+        optimum["gain"]["tokens_saved"] = tokens_saved(optimum["gain"]["nats"], space.target_tokens, curve)
     if exposure is not None:
         optimum["repetition"] = exposure.to_json(optimum["weights"])
         optimum["warnings"] += optimum["repetition"].pop("warnings")

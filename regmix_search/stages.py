@@ -243,7 +243,8 @@ def optimize(search: Search) -> Stage:
 
         runs = with_epochs(search, search_runs(out))
         space = Space.from_json(read_json(out / "space.json"))
-        optimum, text = solve_runs(out, space, runs, config, exposure(search, search.inventory))
+        finished = replay(out / "trials.jsonl").finished.values()
+        optimum, text = solve_runs(out, space, runs, config, exposure(search, search.inventory), finished)
         facts = provenance(config, optimum, out / "fit.json")
         facts |= {"run_tokens": config.run_tokens, "max_epochs": config.mixtures.max_epochs}  # what the caps are for
         limits = {domain: config.mixtures.max_epochs for domain, weight in optimum["weights"].items() if weight > 0}

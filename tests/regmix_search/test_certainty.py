@@ -8,6 +8,7 @@ import pytest
 from regmix_search import certainty
 from regmix_search.config import OptimumConfig
 from regmix_search.fits import fit_targets
+from regmix_search.goals import Goal
 from regmix_search.objective import Objective
 from regmix_search.optimize import find_optimum
 from regmix_search.region import Region
@@ -87,6 +88,21 @@ def test_tokens_saved_by_hand() -> None:
     assert 2085.43 * tokens**-0.3658 - term == pytest.approx(0.2), "so many tokens fewer end at a loss 0.2 higher"
     assert certainty.tokens_saved(0.0, 10**9)["share"] == 0 and certainty.tokens_saved(0.1, None)["share"] is None
     assert certainty.tokens_saved(-0.1, 10**9)["share"] < 0
+
+
+def test_tokens_saved_are_read_off_the_priors_own_curves() -> None:
+    """4.6 at 100 tokens, 4.4 at 200, 4.2 at 400: halving the tokens costs .2 nats, a quarter as many .4."""
+    goal, other = Goal({"a": 0.5, "b": 0.5}), {"kind": "train", "curve": [{"tokens": 100, "losses": {"a": 9, "b": 9}}]}
+    curve = [{"tokens": t, "losses": {"a": at - 0.1, "b": at + 0.1}} for t, at in ((100, 4.6), (200, 4.4), (400, 4.2))]
+    ended = {"kind": "repeat", "curve": curve[:1], "stopped": curve[0]}
+    found = certainty.prior_curve([{"kind": "repeat", "curve": curve}] * 2 + [other, ended, {"kind": "repeat"}], goal)
+    assert found == [(100, pytest.approx(4.6)), (200, pytest.approx(4.4)), (400, pytest.approx(4.2))]
+    saved = {gain: certainty.tokens_saved(gain, 10**9, found) for gain in (0.0, 0.1, 0.2, 0.4, 1.0)}
+    shares = [entry["share"] for entry in saved.values()]
+    assert shares == pytest.approx([0, 1 - 2**-0.5, 0.5, 0.75, 0.75])
+    assert saved[0.1]["of_tokens"] == 400 and "learning curves" in saved[0.1]["why"]
+    assert "at least" in saved[1.0]["why"] and "at least" not in saved[0.4]["why"]
+    assert "Chinchilla" in certainty.tokens_saved(-0.1, 10**9, found)["why"], "a loss of ground is not on the curve"
 
 
 def test_without_refits_there_are_no_intervals_of_weights() -> None:
