@@ -62,9 +62,18 @@ class Worker:
 
     def step(self) -> dict[str, float]:
         """One optimizer step: its loss, CPU-seconds, seconds, and the peak of memory so far in MB."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("step\n")
+        self.ask(1)
+        return self.answer()
+
+    def ask(self, steps: int) -> None:
+        """Starts so many steps; ``answer`` must be called before the next ones."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict[str, float]:
+        """Waits for the steps asked for: the last one's loss, the seconds of all of them."""
+        assert self.process.stdout
         if not (line := self.process.stdout.readline()):
             raise RuntimeError(f"a side failed: {self.process.args!r}")  # its traceback is on stderr
         return dict(json.loads(line))
@@ -82,7 +91,7 @@ def resident(field: str) -> float:
 
 
 def work(given: dict[str, Any]) -> None:
-    """What a Worker's process does: a step for every line on stdin."""
+    """What a Worker's process does: as many steps as each line on stdin says."""
     import torch
 
     from megatron_lite.process import use_cpu
@@ -95,9 +104,10 @@ def work(given: dict[str, Any]) -> None:
     before, case = resident("VmRSS"), Case(**given["case"])
     step = SIDES[given["side"]](case, Path(given["weights"]), torch.device("cpu"))
     tokens, labels = case.batch()
-    for _ in sys.stdin:
+    for line in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
-        loss = step(tokens, labels).item()
+        for _ in range(int(line)):
+            loss = step(tokens, labels).item()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         found = {"loss": loss, "cpu_s": cpu, "wall_s": wall, "memory_mb": resident("VmHWM") - before}
         print(json.dumps(found), flush=True)

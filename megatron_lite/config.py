@@ -168,6 +168,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # compute type; auto: bf16 on GPU, fp32 on CPU
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # what blocks recompute
     compile: bool = False  # torch.compile the model; falls back with one warning
+    cuda_graphs: bool = False  # with compile, on a GPU: replay its kernels as graphs; for models too small to fill it
     attention: Literal["auto", "sdpa", "flash"] = "auto"  # auto: flash-attn 3 or 4 if installed; flash: or an error
     threads: int = 0  # CPU threads of one rank; 0: what torch chooses
     model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the model

@@ -144,6 +144,8 @@ def _check(config: Config, engine: str, total_steps: int) -> None:
     if config.optim.optimizer == "muon" and (engine != "torch" or stage or config.parallel.tensor_parallel_size > 1):
         way_out = "--engine torch, parallel.zero_stage=0 and parallel.tensor_parallel_size=1, or optim.optimizer=adamw"
         raise ValueError(f"optim.optimizer=muon needs whole matrices and their gradients on each rank: {way_out}")
+    if config.cuda_graphs and not (config.compile and engine == "torch"):
+        raise ValueError("cuda_graphs: graphs are made by the compiler, under the torch engine: set compile=true")
     if config.deepspeed and engine == "torch":
         raise ValueError("deepspeed: has keys, but the engine is torch; use --engine deepspeed or remove them")
     for key in ("every", "keep"):

@@ -66,6 +66,7 @@ class Run:
     metrics: Metrics | None = None  # rank 0 only
     step: int = 0  # optimizer steps completed; consumed samples follow from it
     reweighting: Reweighting | None = None
+    eval_seconds: float = 0.0  # spent in evaluations by this process
     allowed: list[Any] = dataclasses.field(default_factory=list)  # what changed at resumes, for the record
 
 

@@ -39,6 +39,7 @@ class RunResult:
     run_dir: str
     domain_weights: dict[str, float] | None  # what reweighting came to
     run_hash: str  # of config, mixture and data: a finished run is not repeated when it is the same
+    eval_seconds: float = 0.0  # of these, in evaluations
 
 
 class Preempted(SystemExit):
@@ -128,7 +129,9 @@ def loop(run: Run, ahead: Prefetch, stop: list[int]) -> dict[str, EvalResult]:
             values |= doing.values(run) if doing else {}
             log(run, values | watch.lap(plan.tokens_per_step, mesh.device))
         if last or (config.eval.every and run.step % config.eval.every == 0):
+            before = time.perf_counter()
             results = evaluate(engine.forward, run.eval_sets, mesh, engine.autocast)
+            run.eval_seconds += time.perf_counter() - before
             if run.metrics:
                 run.metrics.evaluation(run.step, {"tokens": run.step * plan.tokens_per_step} | flatten(results))
         collect_garbage(run.step)
@@ -183,4 +186,5 @@ def collect(run: Run, results: dict[str, EvalResult], seconds: float, run_hash: 
         run_dir=str(run.config.run_dir),
         domain_weights=run.reweighting.weights if run.reweighting else None,
         run_hash=run_hash,
+        eval_seconds=run.eval_seconds,
     )

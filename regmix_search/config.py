@@ -62,6 +62,11 @@ class MixturesConfig:
     batch: int = 8  # mixtures in such a round
     max_flops: float | None = None  # no further round when all proxies together would pass this; null: no limit
 
+    @property
+    def num_proxies(self) -> int:
+        """How many are trained at most."""
+        return self.count + self.holdout + self.repeats + self.rounds * self.batch
+
 
 @dataclass(frozen=True)
 class SlurmConfig:
@@ -96,12 +101,15 @@ class ReuseConfig:
 
 @dataclass(frozen=True)
 class ProxiesConfig:
-    """How proxies are run; nothing here changes losses, but that stop_hopeless estimates some and marks them."""
+    """How proxies are run. Losses change by `calibrate`, which the ledger knows, and by stop_hopeless, which marks them."""
 
     executor: Literal["local", "slurm", "ray"] = "local"  # processes of this machine | job arrays | a Ray cluster
-    workers: int = 0  # proxies at a time; 0: one a core or per_gpu a GPU; slurm, ray: as many as the cluster runs
-    threads: int = 1  # CPU threads of one proxy
-    per_gpu: int = 1  # proxies that share a GPU, where there are GPUs
+    workers: int = 0  # proxies at a time; 0: what calibration finds fastest; slurm, ray: as many as the cluster runs
+    threads: int = 0  # CPU threads of one proxy; 0: what calibration finds fastest, or 1 where it does not measure
+    per_gpu: int = 0  # proxies that share a GPU, where there are GPUs; 0: what calibration finds fastest, or 1
+    calibrate: tuple[Literal["precision", "micro_batch_size", "compile"], ...] = (
+        "precision", "micro_batch_size", "compile",
+    )  # local: keys of proxy that calibration may set for speed; precision only where it is auto  # fmt: skip
     retries: int = 2  # further tries after a crash; a diverged proxy is never tried again
     until_precise: bool = False  # start no more when the optimum moves less than its uncertainty and a run's noise
     stop_hopeless: bool = False  # end a proxy whose early losses are far from the best; needs proxy.eval.every
@@ -162,7 +170,7 @@ class TrainConfig:
     enabled: bool = True  # false: the search ends with mixture.yaml
     mixtures: tuple[Control, ...] = ("optimal", "prior", "uniform", "best_single")  # what to train on
     seeds: int = 2  # runs of each mixture, so that noise is visible
-    workers: int = 0  # runs at a time, proxies.threads threads each; 0: one a core
+    workers: int = 0  # runs at a time, main.threads or proxies.threads (at least 1) threads each; 0: all cores
     main: Config = field(default_factory=Config)  # the run; its data, seed and folder are filled in
 
 
@@ -232,8 +240,8 @@ def _check(config: SearchConfig, where: str) -> None:
         ("mixtures.max_flops", mixtures.max_flops or 1.0, 1, math.inf),
         ("mixtures.max_epochs", mixtures.max_epochs, 1e-6, math.inf),
         ("proxies.workers", proxies.workers, 0, math.inf),
-        ("proxies.threads", proxies.threads, 1, math.inf),
-        ("proxies.per_gpu", proxies.per_gpu, 1, math.inf),
+        ("proxies.threads", proxies.threads, 0, math.inf),
+        ("proxies.per_gpu", proxies.per_gpu, 0, math.inf),
         ("proxies.slurm.gpus", proxies.slurm.gpus, 0, math.inf),
         ("proxies.slurm.chunk", proxies.slurm.chunk, 1, math.inf),
         ("proxies.retries", proxies.retries, 0, math.inf),

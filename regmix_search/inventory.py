@@ -20,6 +20,7 @@ class Shard:
     prefix: Path
     tokens: int
     content: str  # hash of the tokens; without a sidecar, of the files' names, sizes and times
+    bytes: int = 0  # of the text, by the sidecar; 0: not known
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def _shard(domain: str, prefix: Path) -> Shard:
 
     meta = read_meta(prefix)
     if meta is not None and meta.bin_xxh3:
-        return Shard(domain, prefix, meta.num_tokens, meta.bin_xxh3)
+        return Shard(domain, prefix, meta.num_tokens, meta.bin_xxh3, meta.num_bytes)
     from megatron_lite.data.indexed import IndexedDataset
 
     files = [prefix.with_name(prefix.name + end) for end in (".bin", ".idx")]
-    return Shard(domain, prefix, IndexedDataset(str(prefix)).num_tokens, digest_of(listing(files)))
+    known = meta.num_bytes if meta is not None else 0
+    return Shard(domain, prefix, IndexedDataset(str(prefix)).num_tokens, digest_of(listing(files)), known)

@@ -58,7 +58,8 @@ class ProxyTraining:
         bad = [name for name, loss in result.losses.items() if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(f"validation loss of {', '.join(bad)} is not finite after {result.steps} steps")
-        facts = {"tokens": result.tokens, "seconds": result.seconds, "flops": result.flops}
+        facts = {"tokens": result.tokens, "flops": result.flops}
+        facts |= {"seconds": result.seconds, "eval_seconds": result.eval_seconds}
         kept = {"run_dir": self._folder(run_dir), "curve": read_curve(run_dir)}
         return {"losses": dict(result.losses), "bpb": dict(result.bpb), **facts, **kept}
 
@@ -117,18 +118,19 @@ def build_executor(
     ``folder``: on a file system that all machines see; ``heartbeat``: touched while this driver lives; ``module``: what
     ``python -m`` runs on another machine; ``on_gpus``: False for trials that would leave a GPU idle.
     """
+    sharing = config.per_gpu or 1
     if config.executor == "slurm":
         from regmix_search.executors.slurm import SlurmQueue
 
         function.save(folder / "slurm")
         command = (sys.executable, "-m", module, str((folder / "slurm").resolve()))
-        return SlurmQueue(command, folder / "slurm", config.slurm, workers, threads, config.per_gpu, heartbeat)
+        return SlurmQueue(command, folder / "slurm", config.slurm, workers, threads, sharing, heartbeat)
     if config.executor == "ray":
         from regmix_search.executors.ray_tasks import RayTasks
 
-        return RayTasks(function, workers, threads, config.per_gpu * on_gpus, config.ray.address)
+        return RayTasks(function, workers, threads, sharing * on_gpus, config.ray.address)
     gpus = visible_gpus() if on_gpus else ()
-    fitting = len(gpus) * config.per_gpu or max(1, len(os.sched_getaffinity(0)) // threads)
+    fitting = len(gpus) * sharing or max(1, len(os.sched_getaffinity(0)) // threads)
     return LocalPool(function, workers or fitting, threads, gpus)
 
 

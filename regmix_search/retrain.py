@@ -117,7 +117,9 @@ def run_all(search: Search, runs: Sequence[MainRun], total: int, label: str = "m
     """Trains the runs, several at a time, and waits; name -> reason of those that failed. Stops them on the way out."""
     failed: dict[str, str] = {}
     waiting, running = list(runs), dict[subprocess.Popen[bytes], MainRun]()
-    workers, start = search.workers(search.config.train.workers), total - len(runs)
+    threads = max((main_threads(search, run.config) for run in runs), default=1)
+    workers = search.workers(search.config.train.workers, threads)
+    start = total - len(runs)
     ended = tokens = 0
     with Progress(label, search.stream) as progress, _stopping(running):
         while waiting or running:  # every round: fill the workers, show, collect
@@ -140,10 +142,14 @@ def run_all(search: Search, runs: Sequence[MainRun], total: int, label: str = "m
 
 def main_config(search: Search, run: MainRun) -> Config:
     """The config of one run: train.main, or its own, with its seed, folder and threads filled in."""
-    main, threads = run.config or search.config.train.main, search.config.proxies.threads
-    return dataclasses.replace(
-        main, name=run.folder.name, out_dir=str(run.folder.resolve()), seed=run.seed, threads=main.threads or threads
-    )
+    main, folder = run.config or search.config.train.main, str(run.folder.resolve())
+    threads = main_threads(search, run.config)
+    return dataclasses.replace(main, name=run.folder.name, out_dir=folder, seed=run.seed, threads=threads)
+
+
+def main_threads(search: Search, main: Config | None = None) -> int:
+    """CPU threads of one of these runs, train.main's where it has no config of its own."""
+    return (main or search.config.train.main).threads or search.config.proxies.threads or 1
 
 
 def prepare(search: Search, run: MainRun) -> None:
@@ -168,7 +174,7 @@ def prepare(search: Search, run: MainRun) -> None:
 
 
 def _launch(search: Search, run: MainRun) -> subprocess.Popen[bytes]:
-    threads = str(search.config.train.main.threads or search.config.proxies.threads)
+    threads = str(main_threads(search, run.config))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     command = [sys.executable, str(LAUNCHER), "--config", str(run.beside(".config.yaml"))]
     command += ["--mixture", str(run.beside(".mixture.yaml"))]

@@ -33,6 +33,7 @@ from megatron_lite.config import dump
 from megatron_lite.files import atomic_write, folder_lock
 from megatron_lite.plan import duration
 from regmix_search import retrain, sources, stages
+from regmix_search.calibration import read_proxy
 from regmix_search.config import SearchConfig, load_search
 from regmix_search.freshness import Outcome, Stage, bring_up_to_date, read_json
 from regmix_search.ledger import check_fingerprint
@@ -147,7 +148,7 @@ def _run(search: Search, args: argparse.Namespace) -> int:
         builders = _builders(search, args)
         if not args.mixtures:
             # before anything is made anew: shards of other text would be of no use to the trials that are there
-            check_fingerprint(search.out / "trials.jsonl", stages.settings(search.config))
+            check_fingerprint(search.out / "trials.jsonl", stages.settings(search.config, read_proxy(search)))
         atomic_write(search.out / "config.yaml", dump(search.config))
         outcomes = run_search(search, builders)
     seconds = time.perf_counter() - start

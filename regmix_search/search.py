@@ -67,6 +67,6 @@ class Search:
             )
         return names
 
-    def workers(self, wanted: int) -> int:
-        """A number of processes; 0 is one a core that this process may use."""
-        return wanted or len(os.sched_getaffinity(0))
+    def workers(self, wanted: int, threads: int = 1) -> int:
+        """A number of processes of so many threads; 0 is as many as fill the cores that this process may use."""
+        return wanted or max(1, len(os.sched_getaffinity(0)) // threads)

@@ -8,8 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config import to_dict
+from megatron_lite.config import Config, to_dict
 from megatron_lite.files import atomic_write_json
+from regmix_search.calibration import Calibration, calibrate, read_proxy
 from regmix_search.config import SearchConfig
 from regmix_search.drivers import Driver
 from regmix_search.freshness import Stage, digest, read_json, read_record
@@ -98,9 +99,12 @@ def plan_trials(search: Search) -> list[Trial]:
     return [Trial(*facts) for facts in zip(map(int, index), kinds, weights, seeds, strict=True)]
 
 
-def settings(config: SearchConfig) -> dict[str, Any]:
-    """The part of the config that every loss of a search depends on: the ledger refuses trials of another."""
-    written = to_dict(config)
+def settings(config: SearchConfig, settled: Config | None = None) -> dict[str, Any]:
+    """The part of the config that every loss of a search depends on: the ledger refuses trials of another.
+
+    ``settled``: the proxy with what calibration has chosen, None before it has.
+    """
+    written = to_dict(config if settled is None else dataclasses.replace(config, proxy=settled))
     proxy = {key: value for key, value in written["proxy"].items() if key not in NOT_COMPARED}
     proxy["seq_length"] = config.proxy.data.seq_length
     del proxy["reweighting"]  # doremi's; trials from before there was this key stay valid
@@ -125,6 +129,9 @@ def proxies(search: Search) -> Stage:
     plan_trials(search)  # refuses a table of other settings before anything starts
 
     def make() -> str:
+        from regmix_search.budget import proxy_lines
+
+        search.say("\n".join(proxy_lines(search, inventory)))
         with Driver(out / "drivers") as driver:
             ledger = train_planned(search, driver)
             while rounds and not ledger.stopped:
@@ -142,7 +149,12 @@ def proxies(search: Search) -> Stage:
         ended = f", {early} of them ended early" if early else ""
         stopped = f"; no more: {read_record(out / 'early.json')['stopped']}" if ledger.stopped else ""
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
-        return f"{len(done)} of {total} done{ended}, {sum(e['tokens'] for e in done):,} tokens{stopped}{failed}"
+        scored = [event for event in done if "eval_seconds" in event]
+        seconds, scoring = (sum(event[key] for event in scored) for key in ("seconds", "eval_seconds"))
+        cost = (
+            f"{sum(e['tokens'] for e in done):,} tokens, evaluation took {scoring / max(seconds - scoring, 1e-9):.1%}"
+        )
+        return f"{len(done)} of {total} done{ended}, {cost} of the training{stopped}{failed}"
 
     inputs = {**fingerprint, "retries": config.proxies.retries}
     if config.proxies.until_precise:  # what it means that the optimum is settled
@@ -167,11 +179,12 @@ def train_planned(search: Search, driver: Driver) -> Ledger:
     for line in ledger.torn_lines:
         search.say(f"{path}, line {line}: torn by a crash, skipped")
     log = dataclasses.replace(config.proxy.log, console=False)
-    proxy = dataclasses.replace(config.proxy, threads=config.proxies.threads, log=log)
+    how = _calibration(search).setting
+    proxy = dataclasses.replace(how.apply(config.proxy), log=log)
     shards, valid = str(proxy_shards(search).resolve()), _scored(search)
-    how = config.proxies
-    function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"), how.stop_hopeless)
-    executor = build_executor(function, how, how.workers, how.threads, out, driver.path)
+    hopeless = config.proxies.stop_hopeless
+    function = ProxyTraining(proxy, shards, valid, str(out.resolve() / "proxies"), hopeless)
+    executor = build_executor(function, config.proxies, how.workers, how.threads, out, driver.path)
     with (
         Progress("proxies", search.stream) as progress,
         Results(search, ledger, valid, progress) as results,
@@ -197,7 +210,14 @@ def join(search: Search) -> str:
 
 
 def _fingerprint(search: Search) -> dict[str, Any]:
-    return {**settings(search.config), "shards": search.inventory.digest}
+    settled = read_proxy(search) or _calibration(search).setting.apply(search.config.proxy)
+    return {**settings(search.config, settled), "shards": search.inventory.digest}
+
+
+def _calibration(search: Search) -> Calibration:
+    from regmix_search.budget import vocabulary
+
+    return calibrate(search, vocabulary(search, search.inventory))
 
 
 def _scored(search: Search) -> tuple[str, ...]:

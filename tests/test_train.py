@@ -287,6 +287,34 @@ def test_compile_failure_warns_and_trains(tmp_path, mixture, monkeypatch):
     assert result.losses == plain.losses
 
 
+def test_under_cuda_graphs_gradients_add_up_where_they_are(tmp_path, mixture, monkeypatch):
+    """A graph's outputs are overwritten when it is replayed, so a gradient must not be one; the modes are torch's."""
+    modes, marks, places = [], [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: modes.append(options))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    real = TorchEngine.step
+
+    def step(self, lr):
+        places.append([param.grad.data_ptr() for param in self.module.parameters()])
+        return real(self, lr)
+
+    monkeypatch.setattr(TorchEngine, "step", step)
+    train(tiny_config(tmp_path / "plain", "compile=true"), mixture)
+    assert marks == []
+    places.clear()
+    train(tiny_config(tmp_path / "graphs", "compile=true", "cuda_graphs=true"), mixture)
+    assert modes == [{"dynamic": False, "mode": mode} for mode in (None, "reduce-overhead")]
+    assert len(marks) == 20 and len(places) == 10 and all(step == places[0] for step in places)  # 2 micro-batches
+    assert losses(tmp_path / "plain") == losses(tmp_path / "graphs")
+    with pytest.raises(ValueError, match="set compile=true"):
+        train(tiny_config(tmp_path / "alone", "cuda_graphs=true"), mixture)
+
+
+def test_the_cost_of_evaluation_is_counted(tmp_path, mixture):
+    result = train(tiny_config(tmp_path / "run", "eval.every=2"), mixture)
+    assert 0 < result.eval_seconds < result.seconds
+
+
 @pytest.mark.slow
 def test_compiled_draws_the_same_curve(tmp_path, mixture):
     train(tiny_config(tmp_path / "plain"), mixture)

@@ -31,12 +31,15 @@ class TorchEngine:
         self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
         self.module = GPT(plan.shape, config.seed, mesh.tp, config.activation_checkpointing).to(mesh.device)
         self.forward: nn.Module = self.module
+        self.graphs = config.cuda_graphs
         if config.compile:
-            compile_in_place(self.module)
+            compile_in_place(self.module, "reduce-overhead" if self.graphs else None)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")
         scale = optim.hidden_lr_scale(config.optim, plan.shape.mup_width)
         groups = optim.param_groups(self.module, config.optim.weight_decay, scale)
         self.wrapped, self.optimizer = self._wrap(groups, config, plan)
+        for param in self.module.parameters() if self.graphs else ():
+            param.grad = torch.zeros_like(param)
 
     def _wrap(self, groups: list[dict[str, Any]], config: Config, plan: Plan) -> tuple[Any, Any]:
         """What training calls in the module's place, and the optimizer."""
@@ -53,6 +56,8 @@ class TorchEngine:
         """DDP averages over ranks, hence the factor ``dp_size``: what is left is the sum over the global count."""
         total = torch.zeros((), device=self.mesh.device)
         for i, batch in enumerate(micro_batches):
+            if self.graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # what the graphs of before gave may be overwritten
             with self._micro_batch(last=i == len(micro_batches) - 1):
                 loss = summed_loss(self.wrapped, batch, self.mesh.device, self.autocast, by_domain)
                 self._backward(loss * (self.mesh.dp_size / num_loss_tokens))
@@ -66,7 +71,7 @@ class TorchEngine:
         if not skipped:
             optim.set_learning_rate(self.optimizer.param_groups, lr)
             self.optimizer.step()
-        self.module.zero_grad()
+        self.module.zero_grad(set_to_none=not self.graphs)  # a graph's own memory is no place to add up gradients
         return StepStats(norm, skipped)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -112,9 +117,9 @@ def summed_loss(
     return cast(Tensor, loss)
 
 
-def compile_in_place(module: GPT) -> None:
+def compile_in_place(module: GPT, mode: str | None = None) -> None:
     """torch.compile with static shapes, parameter names unchanged; where that fails, one warning and no compilation."""
-    module.compile(dynamic=False)
+    module.compile(dynamic=False, mode=mode)
     try:
         length = min(8 * module.tp.size, module.shape.seq_length)
         tokens = torch.zeros(1, length, dtype=torch.int32, device=next(module.parameters()).device)

@@ -157,7 +157,9 @@ def test_a_second_run_does_nothing(smoke):
 
     before = state()
     text = finish(smoke.out)
-    for stage in cli.ORDER:
+    for stage in (
+        stage for stage in cli.ORDER if stage != "scales"
+    ):  # it has nothing to do without runs of other sizes
         assert f"{stage}: up to date" in text, text
     assert state() == before
 
