@@ -101,7 +101,7 @@ class ReuseConfig:
 
 @dataclass(frozen=True)
 class ProxiesConfig:
-    """How proxies are run. Losses change by `calibrate`, which the ledger knows, and by stop_hopeless, which marks them."""
+    """How proxies are run. `calibrate` may change losses: the ledger knows; stop_hopeless marks what it estimates."""
 
     executor: Literal["local", "slurm", "ray"] = "local"  # processes of this machine | job arrays | a Ray cluster
     workers: int = 0  # proxies at a time; 0: what calibration finds fastest; slurm, ray: as many as the cluster runs

@@ -151,10 +151,9 @@ def proxies(search: Search) -> Stage:
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
         scored = [event for event in done if "eval_seconds" in event]
         seconds, scoring = (sum(event[key] for event in scored) for key in ("seconds", "eval_seconds"))
-        cost = (
-            f"{sum(e['tokens'] for e in done):,} tokens, evaluation took {scoring / max(seconds - scoring, 1e-9):.1%}"
-        )
-        return f"{len(done)} of {total} done{ended}, {cost} of the training{stopped}{failed}"
+        cost = f"evaluation took {scoring / max(seconds - scoring, 1e-9):.1%} of the training"
+        tokens = f"{sum(event['tokens'] for event in done):,} tokens"
+        return f"{len(done)} of {total} done{ended}, {tokens}, {cost}{stopped}{failed}"
 
     inputs = {**fingerprint, "retries": config.proxies.retries}
     if config.proxies.until_precise:  # what it means that the optimum is settled
