@@ -121,6 +121,7 @@ def _give_signs(path: Path, stop: threading.Event, interval: float) -> None:
 
 def _boot_id() -> str:
     """Names this start of this machine's kernel: only under the same one does a file's lock say who lives."""
+    host = os.uname().nodename  # too: machines restored from one snapshot have one boot id
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return os.uname().nodename
+        return f"{host} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return host

@@ -184,6 +184,21 @@ def test_a_failure_told_by_one_that_lost_the_trial_uses_up_no_try(tmp_path):
     assert second.failed == {} and second.ask() == trial
 
 
+def test_a_line_torn_by_one_driver_is_skipped_by_all(tmp_path):
+    first, second = (Ledger(tmp_path / "trials.jsonl", trials(3), {}) for _ in range(2))
+    mine = first.ask()
+    with first.path.open("ab") as file:
+        file.write(b'{"event": "finish", "trial": 0, "los')  # a third driver was killed here, or its disk was full
+    theirs = second.ask()
+    assert mine is not None and theirs is not None and (mine.index, theirs.index) == (0, 1)
+    assert first.tell(mine, losses={"x": 1.0}) and second.tell(theirs, losses={"x": 2.0})
+    second.refresh()
+    assert sorted(second.finished) == [0, 1] and second.torn_lines == [2]
+    first.refresh()
+    assert sorted(first.finished) == [0, 1] == sorted(replay(first.path).finished)
+    assert replay(first.path).torn_lines == [2] and first.path.read_bytes().count(b'"claim"') == 2
+
+
 def test_other_settings_are_refused_while_a_driver_is_at_work(tmp_path):
     first = Ledger(tmp_path / "trials.jsonl", trials(2), {"settings": {"lr": 1}})
     assert first.ask() is not None
