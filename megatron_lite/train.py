@@ -37,9 +37,9 @@ class RunResult:
     tokens_per_s: float
     flops: float  # of training, by the plan's convention; evaluation is not counted
     run_dir: str
-    domain_weights: dict[str, float] | None  # what reweighting came to
     run_hash: str  # of config, mixture and data: a finished run is not repeated when it is the same
     eval_seconds: float = 0.0  # of these, in evaluations
+    domain_weights: dict[str, float] | None = None  # what reweighting came to
 
 
 class Preempted(SystemExit):

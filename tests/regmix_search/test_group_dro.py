@@ -428,3 +428,12 @@ def test_a_shorter_run_reads_the_losses_of_a_longer_one(tmp_path, shards):
     expected = trajectory(str(shards), f"{tmp_path}/model")
     read = trajectory(str(shards), f"{tmp_path}/read", f"reweighting.reference={tmp_path}/losses")
     np.testing.assert_allclose(read, expected, rtol=1e-6)
+
+
+def test_a_result_of_before_there_were_weights_is_still_a_finished_run(tmp_path, shards):
+    config = tiny_config(tmp_path)
+    first = train(config, uniform(shards))
+    old = json.loads((tmp_path / "result.json").read_text())
+    del old["domain_weights"]
+    (tmp_path / "result.json").write_text(json.dumps(old))
+    assert train(config, uniform(shards)) == first
