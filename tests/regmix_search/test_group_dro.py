@@ -369,15 +369,19 @@ def test_a_run_that_changes_what_it_samples_resumes_bitwise(tmp_path, shards, se
 
 
 def test_excess_over_a_model_changes_what_is_sampled_by_the_sums_of_the_window(tmp_path, shards):
-    config = config_of(shards, tmp_path, "reweighting.sampling_every=4", "reweighting.smoothing=0")
-    train(config, uniform(shards), GroupDRO)
-    rows, loader = read_jsonl(tmp_path / "metrics.jsonl"), resolve(config, uniform(shards), Mesh.from_env())[0]
-    sums, tokens = np.zeros(3), np.zeros(3)
-    for step, row in enumerate(rows[:4]):
-        drawn = np.bincount(loader.drawn(step)[0], minlength=3) * 16
-        tokens, sums = tokens + drawn, sums + drawn * [row[f"excess/{d}"] for d in "abc"]
-    expected = np.exp(sums / tokens) / np.exp(sums / tokens).sum()
-    np.testing.assert_allclose([rows[4][f"weight/{d}"] for d in "abc"], expected, rtol=1e-6)
+    config = config_of(shards, tmp_path, "reweighting.sampling_every=3", "reweighting.smoothing=0")
+    mixture = uniform(shards)
+    train(config, mixture, GroupDRO)
+    rows, loader = read_jsonl(tmp_path / "metrics.jsonl"), resolve(config, mixture, Mesh.from_env())[0]
+    expected = np.full(3, 1 / 3)
+    for first in (0, 3):
+        sums, tokens = np.zeros(3), np.zeros(3)
+        for step in range(first, first + 3):
+            drawn = np.bincount(loader.drawn(step)[0], minlength=3) * 16
+            tokens, sums = tokens + drawn, sums + drawn * [rows[step][f"excess/{d}"] for d in "abc"]
+        expected = expected * np.exp(sums / tokens) / (expected * np.exp(sums / tokens)).sum()
+        np.testing.assert_allclose([rows[first + 3][f"weight/{d}"] for d in "abc"], expected, rtol=1e-6)
+        loader.change_mixture(first + 3, mixture.with_weights(dict(zip("abc", expected.tolist(), strict=True))))
 
 
 def stored(shards: str, out: str, *overrides: str) -> str:
