@@ -290,3 +290,17 @@ def test_the_report_shows_ranks_prediction_and_doubts(tmp_path):
     assert any("cannot be trusted for a larger model" in warning for warning in facts["warnings"])
     assert f"{content['at_target']['gain']['loss']:.3f} (" in text
     assert "rank as large ones" in (tmp_path / "report.html").read_text()
+
+
+def test_regmixs_proxies_of_1m_and_60m_rank_pile_cc_alike(shared_dir):
+    folder = shared_dir / "data" / "regmix"
+    if not folder.is_dir():
+        pytest.skip(f"no published runs in {folder}")
+    one, sixty = (
+        read_scale(f"{n}={p},1.05e9,{folder / f'test_mixture_{n}.csv'},{folder / f'test_pile_loss_{n}.csv'}")
+        for n, p in (("1m", "1.312e6"), ("60m", "59e6"))
+    )
+    found = compare(one, sixty, Goal({"the_pile_pile_cc": 1.0}))
+    assert found["shared"] == 256 and found["spearman"] == pytest.approx(0.9941, abs=5e-5)
+    assert 0.985 < found["interval90"][0] < found["spearman"] < found["interval90"][1] < 0.998
+    assert doubts([one, sixty], [found], Size(1e9, 1.05e9)) == []
