@@ -155,6 +155,19 @@ def test_repeats_are_learned_from_runs_of_two_lengths():
     assert known.argmin(np.ones(K))[0] < unknown.argmin(np.ones(K))[0], "the scarce domain is not worth repeating"
 
 
+def test_a_study_counts_epochs_where_the_space_knows_tokens():
+    held = (2e5, 1e6, 4e6, 4e6, 4e6)
+    short, long = Size(1e6, 1e6, held), Size(1e6, 16e6, held)
+    given = [draw(short, 60, 1, repeats=2.0), draw(long, 40, 2, repeats=2.0)]
+    sizes = [as_scale(n, replace(s, size=replace(s.size, held=None))) for n, s in zip("sl", given, strict=True)]
+    tokens = build_space(dict(zip(DOMAINS, map(int, held), strict=True)), int(long.tokens), None)
+    known, unknown = (
+        study_scales(sizes, "a", long, space)["at_target"] for space in (tokens, unlimited_space(DOMAINS))
+    )
+    best, blind = (true_loss(np.array([list(at["weights"].values())]), long, repeats=2.0)[0] for at in (known, unknown))
+    assert best < blind - 0.003, "nats"
+
+
 def test_ranks_are_compared_on_shared_mixtures_with_repeats_averaged():
     small, large = draw(SMALL, 60, 1), draw(LARGE, 60, 1, noise=0.04)
     found = compare(as_scale("s", small), as_scale("l", large), GOAL)

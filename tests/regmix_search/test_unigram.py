@@ -31,7 +31,7 @@ def test_losses_above_the_frequencies_are_a_warning_for_the_goal_alone(tmp_path:
     from megatron_lite.data.indexed import IndexedDataset
 
     entropy = unigram_entropy(IndexedDataset(tmp_path / "data" / "valid_a").tokens[:1_000])
-    for offset, share in ((-0.5, None), (-0.1, "60%"), (0.5, "100%")):
+    for offset, share in ((-0.5, None), (-0.35, None), (-0.1, "60%"), (0.5, "100%")):
         losses = entropy + offset + np.array([-0.3, -0.2, 0.2, 0.3, 0.4])
         runs = Runs(tuple(range(5)), ("a", "b", "c"), np.full((5, 3), 1 / 3), {"a": losses, "b": losses + 99})
         found = unigram_doubts(search, runs)
