@@ -43,6 +43,7 @@ def read_status(out: Path) -> dict[str, Any]:
         "out_dir": str(out),
         "stages": _stages(out / "stages"),
         "trials": {"planned": counts.total, **asdict(counts)},
+        "ended_early": sum("stopped" in event for event in state.finished.values()),
         "running": running,
         **_pace(events, counts, alive),
         "failures": failures,
@@ -59,7 +60,8 @@ def describe_status(status: Mapping[str, Any]) -> str:
     trials = {key: value for key, value in status["trials"].items() if key != "planned"}
     lines = [f"{status['name']} in {status['out_dir']}"]
     lines += [f"  {stage['stage']}: {stage['summary'].splitlines()[0]}" for stage in status["stages"]]
-    lines.append(f"proxies: {describe_counts(Counts(**trials))}")
+    early = f", {status['ended_early']} ended early" if status["ended_early"] else ""
+    lines.append(f"proxies: {describe_counts(Counts(**trials))}{early}")
     if status["tokens_per_s"] is not None:
         left = status["seconds_left"]
         lines.append(f"  {status['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {describe_left(left)}"))

@@ -48,7 +48,7 @@ def half(tmp_path: Path) -> Iterator[Path]:
         ledger = Ledger(out / "trials.jsonl", trials, {}, driver=driver)
         asked = [ledger.ask() for _ in range(5)]
         ledger.tell(asked[0], {"a": 2.0, "b": 1.0}, tokens=100, seconds=1.0)
-        ledger.tell(asked[1], {"a": 1.5, "b": 9.0}, tokens=300, seconds=1.0)
+        ledger.tell(asked[1], {"a": 1.5, "b": 9.0}, tokens=300, seconds=1.0, stopped={"tokens": 300, "losses": {}})
         ledger.fail(asked[2], "FloatingPointError: step 3", retry=False)
         ledger.fail(asked[3], "worker killed by SIGKILL", retry=True)
         folder = out / "proxies" / "t0004"
@@ -80,7 +80,7 @@ def test_status_counts_every_trial_and_names_what_failed(half: Path) -> None:
     assert [(f["trial"], f["tries"], f["given_up"]) for f in status["failures"]] == [(2, 1, True), (3, 1, False)]
     assert status["best"]["trial"] == 1 and status["best"]["loss"] == 1.5
     text = describe_status(status)
-    assert "2 of 6 done, 1 running, 1 failed" in text and "step 20 of 240, loss 4.2500" in text
+    assert "2 of 6 done, 1 running, 1 failed, 1 ended early" in text and "step 20 of 240, loss 4.2500" in text
     assert "t0002 failed 1 x, given up: FloatingPointError: step 3" in text
     assert "t0003 failed 1 x, to be tried again: worker killed by SIGKILL" in text
 
