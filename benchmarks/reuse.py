@@ -1,11 +1,12 @@
 """What building on an earlier search costs, on RegMix's published runs: rows of `python -m benchmarks.search`.
 
 `reuse_runs` is on the runs themselves: 96 earlier ones without a domain and 16 with it, fitted together, against 112 of
-all, on the test runs; the mean over all 17 domains and three draws. Domains that keep their ratio are in no published
-run, so `reuse_1_of_17` and `reuse_5_of_17` run on a stand-in: a Gaussian process on all 768 runs, with its residual
-noise. So many domains are added to a search of the others (5 runs a domain); then 5 runs a reduced domain, together
-with the earlier ones, against 85 runs on everything anew. Regret is what the stand-in says the answer is above its own
-optimum; caps are 4 epochs of the Pile.
+all, on the test runs; the mean over all 17 domains and three draws. `reuse_gone`: 96 earlier runs, of which some had a
+domain that is gone, against those of them without it, on test runs without it. Domains that keep their ratio are in no
+published run, so `reuse_1_of_17` and `reuse_5_of_17` run on a stand-in: a Gaussian process on all 768 runs, with its
+residual noise. So many domains are added to a search of the others (5 runs a domain); then 5 runs a reduced domain,
+together with the earlier ones, against 85 runs on everything anew. Regret is what the stand-in says the answer is above
+its own optimum; caps are 4 epochs of the Pile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.table import Row
 from regmix_search.objective import Objective
@@ -21,7 +23,7 @@ from regmix_search.region import Region, build_region
 from regmix_search.solver import solve
 from regmix_search.space import FloatArray, Space, sample_mixtures
 from regmix_search.surrogates import Surrogate, build_surrogate, score
-from regmix_search.tables import Runs
+from regmix_search.tables import RunId, Runs
 
 SURROGATE = "average"  # what auto takes among ties
 EARLIER, LATER, DRAWS = 96, 16, 3
@@ -32,7 +34,7 @@ SEEDS = range(10)
 def reuse_rows(
     train: Runs, tests: dict[str, Runs], pool: Runs, target: str, pile: FloatArray, epochs: float
 ) -> list[Row]:
-    """Rows reuse_runs, reuse_1_of_17 and reuse_5_of_17. pool: every run of one size; pile: shares of its tokens."""
+    """All rows. pool: every run of one size; pile: shares of the Pile's tokens."""
     rows = runs_rows(train, tests, target)
     for added in (1, 5):
         found = [search_again(pool, target, pile, epochs, added, seed) for seed in SEEDS]
@@ -43,23 +45,41 @@ def reuse_rows(
 
 
 def runs_rows(train: Runs, tests: dict[str, Runs], target: str) -> list[Row]:
-    """Rank correlation with earlier runs that had none of a domain, against as many runs of all domains."""
-    sides: dict[str, list[list[float]]] = {"ours": [], "peer": []}
+    """Rank correlations with earlier runs: without a domain that is new, and with one that is gone."""
+    added: list[list[list[float]]] = [[], []]
+    gone: list[list[list[float]]] = [[], []]
     for domain in range(len(train.domains)):
         without, having = (np.flatnonzero((train.weights[:, domain] > 0) == wanted) for wanted in (False, True))
+        left = {size: test.select(_without(test, domain)) for size, test in tests.items()}
         for draw in range(DRAWS):
             rng = np.random.default_rng([draw, domain])
             mixed = np.concatenate([rng.permutation(without)[:EARLIER], rng.permutation(having)[:LATER]])
             fresh = rng.permutation(len(train.index))[: EARLIER + LATER]
-            for side, rows in (("ours", mixed), ("peer", fresh)):
-                model = build_surrogate(SURROGATE).fit(train.weights[rows], train.losses[target][rows])
-                scores = [score(model.predict(t.weights), t.losses[target])["spearman"] for t in tests.values()]
-                sides[side].append(scores)
-    means = {side: np.mean(found, axis=0) for side, found in sides.items()}
+            earlier = fresh[:EARLIER]
+            unspoilt = earlier[train.weights[earlier, domain] == 0]
+            for side, (rows, some) in enumerate(((mixed, earlier), (fresh, unspoilt))):
+                added[side].append(_rank(train, rows, tests, target))
+                gone[side].append(_rank(train, some, left, target))
     unit = f"Spearman, {LATER} new runs against {EARLIER + LATER}"
-    keys = ["reuse_runs", *(f"reuse_runs.{size}" for size in tests)]
-    pairs = [[float(m.mean()), *m.tolist()] for m in means.values()]
-    return [Row(key, ours, peer, ours / peer, unit) for key, ours, peer in zip(keys, *pairs, strict=True)]
+    fewer = "Spearman without a domain, all earlier runs against those without it"
+    return [*_mean_rows("reuse_runs", added, tests, unit), *_mean_rows("reuse_gone", gone, tests, fewer)]
+
+
+def _without(runs: Runs, domain: int) -> list[RunId]:
+    return [runs.index[row] for row in np.flatnonzero(runs.weights[:, domain] == 0)]
+
+
+def _rank(train: Runs, rows: npt.NDArray[np.int64], tests: dict[str, Runs], target: str) -> list[float]:
+    model = fit(train.weights[rows], train.losses[target][rows])
+    return [score(model.predict(test.weights), test.losses[target])["spearman"] for test in tests.values()]
+
+
+def _mean_rows(key: str, sides: list[list[list[float]]], tests: dict[str, Runs], unit: str) -> list[Row]:
+    """The mean over tests, then each test."""
+    means = [np.mean(side, axis=0) for side in sides]
+    pairs = [[float(mean.mean()), *mean.tolist()] for mean in means]
+    keys = [key, *(f"{key}.{size}" for size in tests)]
+    return [Row(name, ours, peer, ours / peer, unit) for name, ours, peer in zip(keys, *pairs, strict=True)]
 
 
 def search_again(

@@ -68,7 +68,8 @@ def keep_ratios(earlier: Path, changes: Changes, free: Sequence[str], domains: S
         shares = ", ".join(f"{name}={share:.4g}" for name, share in ratios.items())
         raise ValueError(
             f"reuse: nothing is left to search ({changes}). The earlier optimum in today's domains is {shares}; to "
-            "search some of it again, name domains in reuse.free"
+            "search some of it again, name domains in reuse.free. (What the earlier runs alone say: --stage optimize "
+            "there, with optimum.bounds=[NAME=0] for what is gone)"
         )
     return Reduction(tuple(domains), ratios)
 
