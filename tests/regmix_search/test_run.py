@@ -346,23 +346,6 @@ def test_a_polite_kill_leaves_a_ledger_and_no_workers(smoke, tmp_path):
         assert_dead(int(pid))
 
 
-def test_another_process_joins_a_search_that_runs(smoke, tmp_path):
-    out = copy_search(smoke, tmp_path, "trials*", "losses.csv", "proxies")
-    leader = start(out, "--stage", "proxies", "--set", "proxies.workers=1")
-    while not (out / "trials.jsonl").exists():
-        assert leader.poll() is None
-        time.sleep(0.02)
-    joined = finish(out, "--join", "--set", "proxies.workers=1")
-    text, _ = leader.communicate(timeout=300)
-    assert leader.returncode == 0 and "17 of 17 done" in text, text
-    drivers = Counter(e["driver"] for e in events(out) if e["event"] == "finish")
-    shares = [f"17 of 17 done, {count} of them" in joined for count in drivers.values()]
-    assert len(drivers) == 2 and any(shares), (drivers, joined)
-    same = {i: e["losses"] for i, e in replay(smoke.out / "trials.jsonl").finished.items()}
-    assert {i: e["losses"] for i, e in replay(out / "trials.jsonl").finished.items()} == same
-    assert len(read_csv(out / "losses.csv")) == 17 and list((out / "drivers").iterdir()) == []
-
-
 def test_fit_and_optimize_from_two_csv_files(smoke, tmp_path, capsys):
     files = ["--mixtures", str(smoke.out / "mixtures.csv"), "--losses", str(smoke.out / "losses.csv")]
     files += ["--set", "fit.surrogates=[linear]"]

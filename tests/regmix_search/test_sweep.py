@@ -32,17 +32,17 @@ SEARCH = [
 ]
 
 
-def start(out: Path, *settings: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "regmix_search.run", *SEARCH, "--out", str(out), "--stage", "proxies"]
+def start(out: Path, *settings: str, what: tuple[str, ...] = ("--stage", "proxies")) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "regmix_search.run", *SEARCH, "--out", str(out), *what]
     command += [argument for setting in settings for argument in ("--set", setting)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(out: Path, *settings: str) -> None:
-    process = start(out, *settings)
+def finish(process: subprocess.Popen[str]) -> str:
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "6 of 6 done" in text, text
+    return text
 
 
 def losses(out: Path) -> dict[int, Any]:
@@ -61,7 +61,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local(planned: Path) -> dict[int, Any]:
     out = shutil.copytree(planned, planned.with_name("local"))
-    finish(out)
+    finish(start(out))
     return losses(out)
 
 
@@ -83,7 +83,7 @@ def test_slurm_gives_what_the_local_pool_gives_although_its_driver_is_killed(slu
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     first = set(replay(out / "trials.jsonl").finished)
-    finish(out, "proxies.executor=slurm", "proxies.slurm.chunk=3")
+    finish(start(out, "proxies.executor=slurm", "proxies.slurm.chunk=3"))
     assert losses(out) == local and 0 < len(first) < 6
     events = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     finished = Counter(event["trial"] for event in events if event["event"] == "finish")
@@ -102,5 +102,26 @@ def test_slurm_gives_what_the_local_pool_gives_although_its_driver_is_killed(slu
 def test_ray_gives_what_the_local_pool_gives(planned, local):
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     out = shutil.copytree(planned, planned.with_name("ray"))
-    finish(out, "proxies.executor=ray")
+    finish(start(out, "proxies.executor=ray"))
     assert losses(out) == local
+
+
+def test_a_second_process_joins_and_goes_on_when_the_first_is_killed(planned, local):
+    out = shutil.copytree(planned, planned.with_name("joined"))
+    leader = start(out, "proxies.workers=1")
+    while not (out / "trials.jsonl").exists():
+        assert leader.poll() is None, leader.communicate()[0]
+        time.sleep(0.05)
+    joined = start(out, "proxies.workers=1", what=("--join",))
+    while len({event["driver"] for event in replay(out / "trials.jsonl").finished.values()}) < 2:
+        assert leader.poll() is None and joined.poll() is None, "one of them has done everything"
+        time.sleep(0.05)
+    leader.send_signal(signal.SIGKILL)
+    leader.wait()
+    text = finish(joined)
+    mine = Counter(event["driver"] for event in replay(out / "trials.jsonl").finished.values())
+    assert losses(out) == local and any(
+        f"6 of 6 done, {count} of them by this driver" in text for count in mine.values()
+    )
+    finish(start(out))  # what the leader would have written
+    assert len((out / "losses.csv").read_text().splitlines()) == 1 + 6 and list((out / "drivers").iterdir()) == []
