@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,7 @@ class Loop:
         if stop:
             raise Preempted(6)
         done = {"losses": {"a": 2.0, "b": 3.0}, "bpb": {}, "tokens": 100, "steps": 10, "seconds": 1.0, "flops": 1000.0}
-        return type("Result", (), done)
+        return SimpleNamespace(**done, eval_seconds=0.1)
 
 
 @pytest.fixture
