@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,13 +20,14 @@ import pytest
 from loopback_slurm import slurm_cluster, why_not
 from scripted import Scripted
 
+from megatron_lite.config import Config, load_config
 from regmix_search.config import ProxiesConfig, SlurmConfig
 from regmix_search.executors import Executor, Outcome
 from regmix_search.executors.local import LocalPool, visible_gpus
 from regmix_search.executors.slurm import SlurmQueue
 from regmix_search.ledger import Ledger, Trial
 from regmix_search.progress import Progress
-from regmix_search.proxies import build_executor, run_trials
+from regmix_search.proxies import ProxyTraining, build_executor, run_trials
 
 Build = Callable[..., Executor]  # (folder, first, **settings) -> executor
 SCRIPT = str(Path(__file__).with_name("scripted.py"))
@@ -296,6 +298,15 @@ def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monk
     assert [pool().size, pool(per_gpu=3).size, pool(workers=1).size] == [2, 6, 1]
     assert pool().gpus == ("0", "3")
     assert pool(on_gpus=False).gpus == () and pool(on_gpus=False).size == 8, "tokenising needs no GPU"
+
+
+def test_another_machine_builds_the_same_proxy_training(tmp_path):
+    config = load_config(Config, None, ("optim.lr=0.0123", "eval.every=7", "batch.micro_batch_size=2"))
+    function = ProxyTraining(config, "/data", ("readme", "prose"), "/runs", stops=True)
+    function.save(tmp_path)
+    assert ProxyTraining.load(tmp_path) == function
+    kept = json.loads((tmp_path / "proxy.json").read_text())
+    assert {field.name for field in dataclasses.fields(ProxyTraining)} == {"config", *kept}, "a field does not travel"
 
 
 def test_workers_are_dealt_to_gpus_in_turn_and_a_new_one_takes_the_place_of_a_dead_one(tmp_path, monkeypatch):
