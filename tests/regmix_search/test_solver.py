@@ -190,3 +190,34 @@ def test_a_process_on_17_domains_is_solved_in_2_seconds() -> None:
     assert time.process_time() - start < 2 and caps.holds(found)
     drawn = np.vstack([caps.pull_in(sample), caps.sample(5000, rng)])
     assert objective.at(found) <= objective.predict(drawn).min()
+
+
+class Needs:
+    """A loss that falls steeply with the first crumbs of one domain."""
+
+    name = "needs"
+
+    def __init__(self, domain: int, level: float) -> None:
+        self.domain, self.level = domain, level
+
+    def predict(self, weights: np.ndarray) -> np.ndarray:
+        return self.level - 0.1 * np.log(1e-5 + weights[:, self.domain])
+
+    def gradient(self, weights: np.ndarray) -> np.ndarray:
+        return -0.1 / (1e-5 + weights[:, [self.domain]]) * np.eye(weights.shape[1])[self.domain]
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_a_crumb_that_a_loss_would_miss_is_raised_to_the_minimum_and_others_go(worst: bool) -> None:
+    """With shares of 1e-4 the best weight of domain 1 is 1e-4; without it that loss is .24 nats higher."""
+    allowed = Region(np.zeros(4), np.ones(4))
+    shares = (0.5, 0.5) if worst else (0.9999, 0.0001)
+    terms = tuple(zip(shares, (Needs(0, 5.0), Needs(1, 4.2 if worst else 5.0)), strict=True))
+    objective, prior = Objective(terms, worst), np.full(4, 0.25)
+    free = solve(objective, allowed, prior, prior[None], minimum=0.0)
+    assert 0 < free[1] < 1e-3
+    found = solve(objective, allowed, prior, prior[None], minimum=1e-3)
+    missed = objective.at(np.array([1.0, 0, 0, 0])) - objective.at(free) > 1e-3
+    assert missed == worst
+    assert found[1] == (pytest.approx(1e-3) if missed else 0.0)
+    assert found[2] == found[3] == 0.0 and found.sum() == pytest.approx(1.0, abs=1e-12)
