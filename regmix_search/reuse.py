@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_lite.config import diff
+from megatron_lite.config import Config, diff, to_dict
 from megatron_lite.files import atomic_write_json
 from regmix_search.changes import GONE, Changes, find_changes, join_earlier, stack, translate
 from regmix_search.fits import BETTER_RUNS
@@ -81,6 +81,8 @@ def check_comparable(earlier: Path, settings: Mapping[str, Any], inventory: Inve
     """
     way_out = "Undo the change, or set reuse.runs=false: then its ratio alone is used"
     then = read_json(fingerprint_path(earlier / "trials.jsonl"))["settings"]
+    # a key that there was not yet was at its default
+    then["proxy"] = _fill(then["proxy"], settings["proxy"], to_dict(Config()))
     if lines := diff(_seen_by_proxies(then), _seen_by_proxies(settings)):
         raise ValueError(
             f"{earlier}: its proxies were trained with other settings (old -> new):\n  "
@@ -118,6 +120,17 @@ def earlier_contents(earlier: Path) -> dict[str, Any]:
             "changed; restore them, or name another folder in reuse.earlier"
         )
     return found
+
+
+def _fill(then: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """`then` with the defaults of keys that only `now` has."""
+    filled = dict(then)
+    for key in now.keys() & default.keys():
+        if key not in then:
+            filled[key] = default[key]
+        elif isinstance(now[key], dict) and isinstance(then[key], Mapping):
+            filled[key] = _fill(then[key], now[key], default[key])
+    return filled
 
 
 def _seen_by_proxies(settings: Mapping[str, Any]) -> dict[str, Any]:

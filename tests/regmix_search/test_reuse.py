@@ -279,6 +279,19 @@ def test_an_earlier_search_whose_shards_nobody_knows_any_more_is_refused(folders
         plan_reuse(search, settings(search.config)["settings"])
 
 
+def test_a_key_that_there_was_not_yet_was_at_its_default(folders) -> None:
+    """An earlier search of an older version stays of use, unless today's setting is not the default."""
+    path = folders / "old" / "trials.fingerprint.json"
+    facts = read_json(path)
+    del facts["settings"]["proxy"]["optim"]["clip_grad"], facts["settings"]["proxy"]["eval"]
+    atomic_write_json(path, facts)
+    search = reusing(folders)
+    assert plan_reuse(search, settings(search.config)["settings"]).runs is not None
+    search = reusing(folders, "proxy.optim.clip_grad=0.5")
+    with pytest.raises(ValueError, match=r"proxy\.optim\.clip_grad: 1\.0 -> 0\.5"):
+        plan_reuse(search, settings(search.config)["settings"])
+
+
 def test_another_tokenizer_is_named(folders) -> None:
     path = folders / "old" / "inventory.json"
     atomic_write_json(path, {**read_json(path), "tokenizer": "another one"})
