@@ -103,7 +103,7 @@ class Bench:
         """Batches from a warm page cache."""
         order, masks = READS[key]
         ours, peer = self.both("warm_batches", **self.read_shards(), order=order, masks=masks, batches=30)
-        extra = "positions, loss mask (ours: and cu_seqlens)" if masks else "tokens, labels"
+        extra = "positions, loss mask (ours: 32 bits, cu_seqlens)" if masks else "tokens, labels (ours: 32 bits)"
         return [cost_row(key, 1e6 * ours, 1e6 * peer, f"CPU-us a sample of {SEQ_LENGTH + 1}: {extra}")]
 
     def cold(self, key: str) -> list[Row]:

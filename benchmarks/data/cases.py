@@ -58,9 +58,13 @@ def open_memory(side: str, case: dict[str, Any]) -> dict[str, float]:
 
 
 def warm_batches(side: str, case: dict[str, Any]) -> dict[str, float]:
-    """CPU seconds a sample with the shards in the page cache; best of several rounds of new batches."""
+    """CPU seconds a sample with the shards in the page cache; best of several rounds of new batches.
+
+    An epoch maps each page of a shard once, so hardly any of its samples waits for that; the first rounds do, on both
+    sides.
+    """
     step, best = drawer(side, case), float("inf")
-    rounds, batches = 5, case["batches"]
+    rounds, batches = 20, case["batches"]
     for prefix in case["prefixes"]:
         with open(prefix + ".bin", "rb") as file:
             while file.read(1 << 24):
