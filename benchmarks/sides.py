@@ -84,8 +84,8 @@ def build_ours(case: Case, weights: Path, device: torch.device) -> Step:
     engine = TorchEngine(config, plan, Mesh(0, 1, device, 0, 1))
 
     def step(tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        mask_BT = torch.ones((), device=device).expand(tokens_BT.shape)
-        batch = Batch(tokens_BT, labels_BT, mask_BT, torch.zeros(len(tokens_BT), dtype=torch.long))
+        mask_BT = torch.ones((), dtype=torch.bool, device=device).expand(tokens_BT.shape)
+        batch = Batch(tokens_BT.int(), labels_BT.int(), mask_BT, torch.zeros(len(tokens_BT), dtype=torch.long))
         loss = engine.forward_backward([batch], tokens_BT.numel())
         engine.step(OPTIM.lr)
         return loss / tokens_BT.numel()
