@@ -142,7 +142,8 @@ def test_another_machine_measures_packing_and_keeps_what_losses_depend_on(tmp_pa
     search, crew = make_search(tmp_path, monkeypatch, rate=lambda s: s.threads * (9.0 if s.precision == "fp32" else 1))
     monkeypatch.setattr(calibration, "cores", lambda: 16)
     there = calibrate(search, 2048).setting
-    assert there.precision == "bf16" and {setting.precision for setting in crew.asked} == {"bf16"}
+    kept = {(setting.precision, setting.micro_batch_size, setting.compile) for setting in crew.asked}
+    assert there.precision == "bf16" and kept == {("bf16", 16, False)}
     assert there.threads == 16 and read_proxy(search).precision == "bf16"
 
 
