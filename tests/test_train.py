@@ -316,11 +316,12 @@ def test_the_cost_of_evaluation_is_counted(tmp_path, mixture):
 
 
 @pytest.mark.slow
-def test_compiled_draws_the_same_curve(tmp_path, mixture):
+@pytest.mark.parametrize("graphs", ["false", "true"])
+def test_compiled_draws_the_same_curve(tmp_path, mixture, graphs):
     train(tiny_config(tmp_path / "plain"), mixture)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compile=true does not work here")
-        train(tiny_config(tmp_path / "compiled", "compile=true"), mixture)
+        train(tiny_config(tmp_path / "compiled", "compile=true", f"cuda_graphs={graphs}"), mixture)
     plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
     assert max(abs(plain[s] - compiled[s]) for s in plain) <= 1e-5
 
