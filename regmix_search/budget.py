@@ -88,9 +88,8 @@ def _domain_lines(search: Search, inventory: Inventory | None) -> list[str]:
     if config.reuse.earlier is not None:
         from regmix_search.reuse import describe as describe_reuse
         from regmix_search.reuse import plan_reuse
-        from regmix_search.stages import settings
 
-        lines.append(describe_reuse(plan_reuse(search, settings(config)["settings"]).to_json(space, search)))
+        lines.append(describe_reuse(plan_reuse(search).to_json(space, search)))
     return lines + [f"  {name:<16} left out: not one sample" for name in left_out]
 
 

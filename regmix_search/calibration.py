@@ -59,6 +59,20 @@ def read_proxy(search: Search) -> Config | None:
     return _settle(search.config.proxy, record["proxy"]) if record.get("inputs") == _inputs(search) else None
 
 
+def settled_by(folder: Path, proxy: Config) -> Config:
+    """A proxy with the keys as another search settled them; as it is where that search settled none."""
+    return _settle(proxy, read_record(folder / "calibration.json").get("proxy", {}))
+
+
+def adopt(search: Search, folder: Path) -> None:
+    """Settles this search's proxies as another search did, so that the losses of both can be compared."""
+    proxy, path, inputs = settled_by(folder, search.config.proxy), search.out / "calibration.json", _inputs(search)
+    keys = {"precision": proxy.precision, "compile": proxy.compile, "micro_batch_size": proxy.batch.micro_batch_size}
+    record = read_record(path)
+    if record.get("inputs") != inputs or record.get("proxy") != keys:
+        atomic_write_json(path, {"inputs": inputs, "proxy": keys, "machines": {}})
+
+
 def calibrate(search: Search, vocab_size: int, save: bool = True) -> Calibration:
     """What calibration.json says about this machine; measured first where it says nothing, and kept if ``save``.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 
 from megatron_lite.config import Config, diff, to_dict
 from megatron_lite.files import atomic_write_json
+from regmix_search.calibration import adopt, settled_by
 from regmix_search.changes import GONE, Changes, find_changes, join_earlier, stack, translate
 from regmix_search.fits import BETTER_RUNS
 from regmix_search.freshness import digest, digest_of, read_json, read_record
@@ -176,11 +177,17 @@ class Reuse:
         }
 
 
-def plan_reuse(search: Search, settings: Mapping[str, Any]) -> Reuse:
-    """What a search takes over from reuse.earlier. settings: stages.settings' of today.
+def comparable(search: Search) -> dict[str, Any]:
+    """The settings that proxies must have so that those of reuse.earlier can be fitted beside them."""
+    from regmix_search.stages import settings
 
-    ValueError names what does not fit together.
-    """
+    assert search.config.reuse.earlier is not None
+    proxy = settled_by(Path(search.config.reuse.earlier), search.config.proxy)
+    return dict(settings(search.config, proxy)["settings"])
+
+
+def plan_reuse(search: Search) -> Reuse:
+    """What a search takes over from reuse.earlier. ValueError names what does not fit together."""
     config, inventory = search.config.reuse, search.inventory
     assert config.earlier is not None
     earlier = Path(config.earlier)
@@ -200,27 +207,34 @@ def plan_reuse(search: Search, settings: Mapping[str, Any]) -> Reuse:
     reduction = keep_ratios(earlier, changes, config.free, tuple(tokens))
     runs = None
     if config.runs:
-        check_comparable(earlier, settings, inventory, search.goal_losses(inventory))
+        check_comparable(earlier, comparable(search), inventory, search.goal_losses(inventory))
         runs = translate(read_earlier(earlier), changes, tokens)
     return Reuse(changes, reduction, runs)
 
 
-def take_over(search: Search, space: Space, settings: Mapping[str, Any]) -> Reduction | None:
+def take_over(search: Search, space: Space) -> Reduction | None:
     """Writes reuse.json and the tables of earlier runs that apply; removes them where nothing is reused (then None)."""
     tables = [search.out / name for name in TABLES]
     for path in (*tables, search.out / "reuse.json"):
         path.unlink(missing_ok=True)
     if search.config.reuse.earlier is None:
         return None
-    found = plan_reuse(search, settings)
+    found = plan_reuse(search)
     facts = found.to_json(space, search)
     search.say(describe(facts))
     if found.runs is not None and found.runs.index:
+        adopt(search, Path(search.config.reuse.earlier))
         number = range(len(found.runs.index))
         write_mixtures(tables[0], number, found.runs.domains, found.runs.weights)
         write_losses(tables[1], number, found.runs.losses)
     atomic_write_json(search.out / "reuse.json", {**facts, "digests": earlier_digests(search)})
     return found.reduction
+
+
+def reuse_inputs(search: Search) -> dict[str, Any]:
+    """What the stage mixtures depends on beside its own settings, all that comparability rests on included."""
+    rests_on = {"settings": comparable(search), "shards": search.inventory.digest, "target": search.config.fit.target}
+    return {**asdict(search.config.reuse), "digests": earlier_digests(search), **rests_on}
 
 
 def earlier_digests(search: Search) -> dict[str, str]:

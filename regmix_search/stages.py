@@ -46,7 +46,7 @@ def mixtures(search: Search) -> Stage:
         from regmix_search.tables import write_mixtures
 
         space = build_space(tokens, search.config.run_tokens, config.max_epochs)
-        kept = take_over(search, space, settings(search.config)["settings"])
+        kept = take_over(search, space)
         small = space if kept is None else kept.space(space)
         # before the proxies are trained rather than after
         check_enough(config.count + config.rounds * config.batch + bool(config.repeats), len(small.domains))
@@ -70,10 +70,9 @@ def mixtures(search: Search) -> Stage:
 
     inputs = {**dataclasses.asdict(config), "seed": seed, "run_tokens": search.config.run_tokens, "tokens": tokens}
     if search.config.reuse.earlier is not None:
-        from regmix_search.reuse import earlier_digests
+        from regmix_search.reuse import reuse_inputs
 
-        facts = {"settings": _fingerprint(search), "target": search.config.fit.target}  # what comparability rests on
-        inputs["reuse"] = {**dataclasses.asdict(search.config.reuse), "digests": earlier_digests(search), **facts}
+        inputs["reuse"] = reuse_inputs(search)
     return Stage("mixtures", inputs, (first, out / "space.json"), make)
 
 
@@ -114,8 +113,10 @@ def settings(config: SearchConfig, settled: Config | None = None) -> dict[str, A
     grows = [("mixtures", key) for key in ("count", "rounds", "batch", "max_flops")]
     for section, key in (("shards", "workers"), ("corpus", "workers"), *grows, *places):
         kept.get(section, {}).pop(key, None)
-    if not config.shards.match_repetition:
-        del kept["shards"]["match_repetition"]  # trials from before there was this key stay valid
+    if not config.shards.match_repetition:  # trials from before there were these keys stay valid
+        del kept["shards"]["match_repetition"]
+    if not config.proxy.cuda_graphs:
+        del proxy["cuda_graphs"]
     return {"settings": {**kept, "proxy": proxy, "run_tokens": config.run_tokens}}
 
 

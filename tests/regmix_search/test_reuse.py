@@ -14,6 +14,7 @@ from planted_law import draw, planted
 from megatron_lite.files import atomic_write_json
 from megatron_lite.testing import write_tiny_shards
 from regmix_search import run as cli
+from regmix_search.calibration import read_proxy
 from regmix_search.changes import Changes, find_changes, join_earlier, translate
 from regmix_search.config import OptimumConfig, load_search
 from regmix_search.fits import fit_chosen, fit_targets
@@ -235,7 +236,7 @@ def test_text_that_is_gone_is_kept_in_the_tables_of_a_search(folders) -> None:
 def test_searches_that_do_not_fit_together_are_refused_by_name(folders, keys, message) -> None:
     search = reusing(folders, *(key.replace("{out}", str(folders / "new")) for key in keys))
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        plan_reuse(search, settings(search.config)["settings"])
+        plan_reuse(search)
 
 
 def test_settings_that_change_after_the_mixtures_were_drawn_are_compared_again(folders) -> None:
@@ -257,7 +258,7 @@ def test_domains_may_be_freed_and_revised_ones_are(folders) -> None:
     for file in (folders / "other").glob("train_c*"):
         shutil.copy(file, folders / "shards" / file.name)
     search = reusing(folders, "reuse.free=[a]")
-    found = plan_reuse(search, settings(search.config)["settings"])
+    found = plan_reuse(search)
     assert str(found.changes) == "added e; revised c"
     assert isinstance(found.reduction, Reduction) and found.reduction.free == ("a", "c", "e")
     assert found.reduction.ratios == pytest.approx({"b": 1.0, "d": 0.0})
@@ -269,14 +270,14 @@ def test_an_earlier_search_whose_shards_nobody_knows_any_more_is_refused(folders
     (folders / "old" / "inventory.json").unlink()
     (folders / "old" / "config.yaml").write_text(f"shards: {{data_dir: {folders / 'before'}}}\n")
     search = reusing(folders)
-    assert str(plan_reuse(search, settings(search.config)["settings"]).changes) == "added e"
+    assert str(plan_reuse(search).changes) == "added e"
     (folders / "old" / "config.yaml").write_text(f"shards: {{data_dir: {folders / 'shards'}}}\n")
     with pytest.raises(ValueError, match="nobody knows what changed"):
-        plan_reuse(search, settings(search.config)["settings"])
+        plan_reuse(search)
     atomic_write_json(folders / "old" / "inventory.json", {"train_": {}, "valid_": {}, "tokenizer": ""})
     assert digest_of({"train_": {}, "valid_": {}}) != read_json(folders / "old" / "trials.fingerprint.json")["shards"]
     with pytest.raises(ValueError, match="nobody knows what changed"):
-        plan_reuse(search, settings(search.config)["settings"])
+        plan_reuse(search)
 
 
 def test_a_key_that_there_was_not_yet_was_at_its_default(folders) -> None:
@@ -286,10 +287,33 @@ def test_a_key_that_there_was_not_yet_was_at_its_default(folders) -> None:
     del facts["settings"]["proxy"]["optim"]["clip_grad"], facts["settings"]["proxy"]["eval"]
     atomic_write_json(path, facts)
     search = reusing(folders)
-    assert plan_reuse(search, settings(search.config)["settings"]).runs is not None
+    assert plan_reuse(search).runs is not None
     search = reusing(folders, "proxy.optim.clip_grad=0.5")
     with pytest.raises(ValueError, match=r"proxy\.optim\.clip_grad: 1\.0 -> 0\.5"):
-        plan_reuse(search, settings(search.config)["settings"])
+        plan_reuse(search)
+
+
+def test_switches_that_are_off_are_no_difference_to_trials_from_before_there_were_any(tmp_path) -> None:
+    known = settings(search_of(tmp_path, "x").config)["settings"]
+    assert not {"cuda_graphs", "reweighting"} & known["proxy"].keys() and "match_repetition" not in known["shards"]
+    on = settings(search_of(tmp_path, "x", "proxy.cuda_graphs=true", "proxy.compile=true").config)["settings"]
+    assert on["proxy"]["cuda_graphs"]
+
+
+def test_proxies_run_with_what_the_earlier_search_had_settled(folders) -> None:
+    """Calibration may have chosen another micro-batch: losses of both are compared, so it holds here too."""
+    path, old = folders / "old" / "trials.fingerprint.json", folders / "old" / "calibration.json"
+    facts = read_json(path)
+    facts["settings"]["proxy"]["batch"]["micro_batch_size"] = 2
+    atomic_write_json(path, facts)
+    search = reusing(folders)
+    with pytest.raises(ValueError, match="micro_batch_size: 2 -> 4"):
+        plan_reuse(search)
+    atomic_write_json(old, {"proxy": {"precision": "auto", "compile": False, "micro_batch_size": 2}})
+    mixtures(search).make()
+    settled = read_proxy(search)
+    assert settled is not None and settled.batch.micro_batch_size == 2
+    assert settings(search.config, settled)["settings"]["proxy"]["batch"] == facts["settings"]["proxy"]["batch"]
 
 
 def test_another_tokenizer_is_named(folders) -> None:
@@ -297,7 +321,7 @@ def test_another_tokenizer_is_named(folders) -> None:
     atomic_write_json(path, {**read_json(path), "tokenizer": "another one"})
     search = reusing(folders)
     with pytest.raises(ValueError, match=r"another tokenizer \(another one, now tiny\)"):
-        plan_reuse(search, settings(search.config)["settings"])
+        plan_reuse(search)
 
 
 @pytest.mark.slow
