@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -165,12 +167,15 @@ class EarlyFits:
         """Begins a fit to these runs."""
         self.tried = distinct(runs)
         spawn = multiprocessing.get_context("spawn")  # fork would copy thread pools in unknown state
-        self.pipe, theirs = spawn.Pipe(duplex=False)
-        last = self.fits[-1] if self.fits else None
-        facts = (runs, self.space, self.config, last, self.reduction)
-        self.process = spawn.Process(target=_serve, args=(theirs, *facts), daemon=True)
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        # Hundreds of runs are more than a pipe holds: as arguments of the process, or sent from here, they would hold
+        # the driver until the new process reads, and for ever if it dies before.
+        task = (runs, self.space, self.config, self.fits[-1] if self.fits else None, self.reduction)
+        self.sender = threading.Thread(target=_send, args=(self.pipe, task), daemon=True)
+        self.sender.start()
 
     def collect(self, timeout: float = 0.0) -> EarlyFit | str | None:
         """The fit that was begun, or why there is none, if it is through after at most `timeout` seconds."""
@@ -178,7 +183,7 @@ class EarlyFits:
             return None
         try:
             found: EarlyFit | str = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             found = "its process died"
         self.close()
         if isinstance(found, EarlyFit):
@@ -198,19 +203,18 @@ class EarlyFits:
         if self.process is not None and self.pipe is not None:
             self.process.kill()
             self.process.join()
+            self.sender.join()
             self.pipe.close()
         self.process = self.pipe = None
 
 
-def _serve(
-    pipe: Connection,
-    runs: Runs,
-    space: Space,
-    config: SearchConfig,
-    last: EarlyFit | None,
-    reduction: Reduction | None,
-) -> None:
-    """The process of one fit: sends an EarlyFit, or in words why there is none."""
+def _send(pipe: Connection, task: tuple[object, ...]) -> None:
+    with contextlib.suppress(OSError):  # it died: collect() will see that
+        pipe.send(task)
+
+
+def _serve(pipe: Connection) -> None:
+    """The process of one fit: receives what fit_early takes; sends an EarlyFit, or in words why there is none."""
     from numpy.linalg import LinAlgError
     from threadpoolctl import threadpool_limits
 
@@ -218,6 +222,6 @@ def _serve(
     os.nice(NICE)
     try:
         with threadpool_limits(1):
-            pipe.send(fit_early(runs, space, config, last, reduction))
+            pipe.send(fit_early(*pipe.recv()))
     except (ValueError, ArithmeticError, LinAlgError) as error:
         pipe.send(f"{type(error).__name__}: {error}")

@@ -63,6 +63,7 @@ class Here(EarlyFits):
     def start(self, runs: Runs) -> None:
         self.pipe, theirs = Pipe(duplex=False)
         self.tried, self.process = distinct(runs), SimpleNamespace(kill=int, join=int)
+        self.sender = self.process
         theirs.send(fit_early(runs, self.space, self.config, self.fits[-1] if self.fits else None))
 
 
@@ -171,10 +172,11 @@ def test_a_fit_in_its_own_process_is_the_same_and_is_remembered(tmp_path: Path) 
 
 def test_a_fit_that_dies_or_cannot_be_made_costs_nothing_but_a_word(tmp_path: Path) -> None:
     early = EarlyFits(tmp_path / "early.json", SPACE, search_config(), "x")
-    early.start(planted_runs(12, 0.02))
+    runs = planted_runs(12, 0.02)
+    rows = np.tile(runs.weights, (1000, 1))  # more than a pipe holds: a process that never reads holds nobody up
+    early.start(Runs(tuple(range(15_000)), SPACE.domains, rows, {"a": rows[:, 0]}))
     os.kill(early.process.pid, signal.SIGKILL)
     assert early.collect(60) == "its process died" and not early.due(16) and early.due(17)
-    runs = planted_runs(12, 0.02)
     early.start(dataclasses.replace(runs, losses={"c": runs.losses["a"]}))
     assert "ValueError" in early.collect(60) and early.fits == [] and not (tmp_path / "early.json").exists()
     early.start(runs)
