@@ -240,7 +240,9 @@ def test_without_slurm_or_ray_the_message_says_what_to_do(tmp_path, monkeypatch)
 def test_a_controller_that_does_not_answer_says_nothing_about_the_tasks(tmp_path, monkeypatch):
     """A fake Slurm, scripted: sbatch takes the array, then squeue fails, then knows nothing of it."""
     (tmp_path / "bin").mkdir()
-    answers = {"sbatch": "echo 7", "squeue": f"cat {tmp_path}/states", "scancel": "true"}
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")  # this driver is in a job itself
+    monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
+    answers = {"sbatch": f"env > {tmp_path}/env; echo 7", "squeue": f"cat {tmp_path}/states", "scancel": "true"}
     for program, line in answers.items():
         (tmp_path / "bin" / program).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / program).chmod(0o755)
@@ -248,6 +250,8 @@ def test_a_controller_that_does_not_answer_says_nothing_about_the_tasks(tmp_path
     executor = slurm_queue(tmp_path, {}, ask=0.0, settle=0.5)
     executor.submit(trials(1)[0])
     assert executor.wait(1.0) == [], "squeue fails: the task may well be running"
+    environment = (tmp_path / "env").read_text()
+    assert "SLURM_CONF=/etc/other.conf" in environment and "SLURM_CPUS_PER_TASK" not in environment
     (tmp_path / "states").write_text("7_0 PREEMPTED\n")
     assert executor.wait(0.3) == [], "its files may not be seen yet, or it may be requeued"
     (tmp_path / "states").write_text("7_0 PENDING\n")
