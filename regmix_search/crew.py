@@ -81,7 +81,7 @@ class Crew:
             [[found[i] for found in window] for window in windows] for i in range(3)
         )  # [windows, processes]
         best = max(map(sum, clock))
-        alone = max(map(sum, cpu)) if setting.threads == 1 and not self.gpus else best
+        alone = max(best, *map(sum, cpu)) if setting.threads == 1 and not self.gpus else best  # neither flatters
         return Timing(best, alone, max(ready), max(map(max, memory)))
 
     def _dismiss(self) -> None:
