@@ -139,6 +139,7 @@ def test_workers_end_with_their_driver_and_the_next_run_goes_on(tmp_path, kill):
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]}\n"
         "from test_proxies import run\n"
         "from pathlib import Path\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job has none
         "if __name__ == '__main__': run(Path(sys.argv[1]), 3, {1: 'hang', 2: 'hang'})\n"
     )
     path = tmp_path / "driver.py"
