@@ -113,7 +113,7 @@ def fit_targets(
     tasks = [(train, held, name, (names, seed, folds, repeats, larger, train.once)) for name in wanted]
     if min(workers, len(wanted)) > 1:
         spawn = multiprocessing.get_context("spawn")  # fork would copy thread pools in unknown state
-        with ProcessPoolExecutor(min(workers, len(wanted)), spawn, threadpool_limits, (1,)) as pool:
+        with ProcessPoolExecutor(min(workers, len(wanted)), spawn, _use_one_thread) as pool:
             found = dict(zip(wanted, pool.map(_fit_target, *zip(*tasks, strict=True)), strict=True))
     else:
         found = {task[2]: _fit_target(*task) for task in tasks}
@@ -136,6 +136,12 @@ def fit_targets(
         "targets": fits,
         "warnings": warnings,
     }
+
+
+def _use_one_thread() -> None:
+    """In a worker: more of them would wait for each other. It is of this module so that numpy is there to be told."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what is loaded later
+    threadpool_limits(1)
 
 
 def fit_chosen(runs: Runs, fit: Mapping[str, Any], name: str, surrogate: str | None = None) -> Surrogate:
