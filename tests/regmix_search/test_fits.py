@@ -1,14 +1,17 @@
 """fit.json: every target gets an honest choice, the held-back runs stay unseen, the noise of a run is measured."""
 
 import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
-from regmix_search import solution
+from regmix_search import fits, solution
 from regmix_search.config import FitConfig, SearchConfig
 from regmix_search.fits import check_runs_tell, fit_chosen, fit_targets, run_noise, split_holdout
 from regmix_search.goals import parse_goal
@@ -182,3 +185,12 @@ def test_processes_change_no_figure() -> None:
     runs = planted_runs()
     alone = fit_targets(runs, "a", names=("effective", "gp"))
     assert fit_targets(runs, "a", names=("effective", "gp"), workers=2) == alone
+
+
+def test_workers_use_one_thread_whatever_the_main_module_has_loaded(monkeypatch):
+    """Two workers with two threads each took twenty times as long: BLAS waits for its own threads in a busy loop."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), fits._use_one_thread) as pool:
+        found = pool.submit(threadpool_info).result()
+    assert found and all(library["num_threads"] == 1 for library in found)
