@@ -60,3 +60,16 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a .jsonl file; a torn last line (a crash in the middle of a write) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -9,12 +9,11 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_lite.config import Config
-from megatron_lite.files import atomic_write
+from megatron_lite.files import atomic_write, read_jsonl
 
 CONSOLE_KEYS = (
     ("train/loss", "loss {:.4f}"),
@@ -148,19 +147,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a .jsonl file; a torn last line (a crash in the middle of a write) is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def drop_after(path: Path, step: int) -> None:

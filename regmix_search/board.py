@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.files import atomic_write
+from megatron_lite.files import atomic_write, read_jsonl
 from regmix_search.early import EarlyFit
 
 EVENTS = "events.out.tfevents.{:010}.search"  # TensorBoard reads a folder's files with `tfevents` in order of name
@@ -39,11 +38,7 @@ def write_fit(out: Path, fit: EarlyFit) -> None:
 
 def _points(path: Path) -> Iterator[tuple[int, str, float]]:
     """(step, name, value) of a run's .jsonl; nothing where the run's folder is gone, or its last line is torn."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_jsonl(path):
         yield from ((row["step"], name, value) for name, value in row.items() if "/" in name)
 
 

@@ -7,7 +7,6 @@ no line, and estimates stand for losses that a fit would otherwise miss or take 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lite.files import read_jsonl
 from regmix_search.freshness import read_record
 from regmix_search.goals import Goal
 from regmix_search.ledger import Trial
@@ -38,12 +38,8 @@ def may_stop(trial: Trial) -> bool:
 
 def read_curve(run_dir: Path) -> list[Point]:
     """A run's evaluations so far, oldest first; a torn last line is left out."""
-    path, points = run_dir / "evals.jsonl", list[Point]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    points = list[Point]()
+    for row in read_jsonl(run_dir / "evals.jsonl"):
         losses = {key.split("/")[1]: value for key, value in row.items() if key.endswith("/loss")}
         points.append({"tokens": row["tokens"], "losses": losses})
     return points

@@ -10,8 +10,7 @@ from typing import Any
 
 from megatron_lite.config import Config, to_dict
 from megatron_lite.data.mixture import Mixture
-from megatron_lite.files import atomic_write_json
-from megatron_lite.metrics import read_jsonl
+from megatron_lite.files import atomic_write_json, read_jsonl
 from megatron_lite.resume import identity
 from regmix_search.budget import FORWARD_SHARE, resolve, vocabulary
 from regmix_search.freshness import Stage, digest, read_json

@@ -202,9 +202,7 @@ class Ledger:
             return "finished"
         if (holder := self.state.claims.get(index)) is not None and self.driver.alive(holder):
             return "running"
-        failures = self.failures.get(index, [])
-        gave_up = len(failures) > self.retries or any(not event["retry"] for event in failures)
-        return "failed" if gave_up else "waiting"
+        return "failed" if gave_up(self.failures.get(index, []), self.retries) else "waiting"
 
     def _release(self, which: Callable[[str], bool]) -> None:
         for index, holder in list(self.state.claims.items()):
@@ -222,6 +220,11 @@ class Ledger:
             if line in self.refresh(whole=True):
                 return
         raise OSError(f"{self.path}: what was appended is not there; several machines write, and appends get lost")
+
+
+def gave_up(failures: Sequence[dict[str, Any]], retries: int) -> bool:
+    """Whether a trial with these failures is not tried again."""
+    return len(failures) > retries or any(not event["retry"] for event in failures)
 
 
 def replay(path: str | Path, config_hash: str | None = None) -> Replay:

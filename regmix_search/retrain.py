@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.config import Config, dump, to_dict
-from megatron_lite.files import atomic_write, atomic_write_json
+from megatron_lite.files import atomic_write, atomic_write_json, read_jsonl
 from regmix_search.freshness import Stage, digest, read_json, read_record
 from regmix_search.ledger import Counts
 from regmix_search.progress import Progress
@@ -233,8 +233,6 @@ def _summarise(
 
 
 def _describe(search: Search, run: MainRun, plan: dict[str, Any]) -> dict[str, Any]:
-    from megatron_lite.metrics import read_jsonl
-
     result, key = read_json(run.folder / "result.json"), f"valid/{search.config.fit.target}/loss"
     curve = [
         [row["step"] * plan["tokens_per_step"], row["train/loss"]] for row in read_jsonl(run.folder / "metrics.jsonl")

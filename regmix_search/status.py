@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.files import read_jsonl
 from megatron_lite.plan import duration
 from regmix_search.config import SearchConfig, load_search
 from regmix_search.drivers import living
 from regmix_search.early import read_fits
 from regmix_search.freshness import read_record
-from regmix_search.ledger import Counts, Replay, replay
+from regmix_search.ledger import Counts, Replay, gave_up, replay
 from regmix_search.progress import describe_counts, describe_left
 
 FAILURES = 5  # trials whose failures are written out
@@ -29,7 +29,7 @@ def read_status(out: Path) -> dict[str, Any]:
     if not (out / "config.yaml").is_file() and not (out / "trials.jsonl").is_file():
         raise ValueError(f"{out}: no search here; name its folder with --out DIR")
     config = load_search(out / "config.yaml" if (out / "config.yaml").is_file() else None)
-    events = list(_events(out / "trials.jsonl"))
+    events = read_jsonl(out / "trials.jsonl")
     state, alive = replay(out / "trials.jsonl"), living(out / "drivers")
     running = _running(out, events, state, alive)
     failures = _failures(state, config.proxies.retries)
@@ -88,24 +88,13 @@ def describe_status(status: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _events(path: Path) -> Iterable[Event]:
-    """The ledger's lines as they are; a torn one is skipped, as its replay does."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            yield event
-
-
 def _running(out: Path, events: Sequence[Event], state: Replay, alive: set[str]) -> list[dict[str, Any]]:
     """Trials that a living driver has claimed, with the last step that they logged."""
     began = {event["trial"]: event["time"] for event in events if event["event"] == "claim"}
     found = []
     for trial in sorted(trial for trial, driver in state.claims.items() if driver in alive):
         folder = out / "proxies" / f"t{trial:04d}"
-        last = next(reversed(list(_events(folder / "metrics.jsonl"))), {})
+        last: Event = next(reversed(read_jsonl(folder / "metrics.jsonl")), {})
         step = {"step": last.get("step"), "loss": last.get("train/loss")}
         steps = read_record(folder / "plan.json").get("total_steps")
         found.append({"trial": trial, "seconds": time.time() - began[trial], **step, "steps": steps})
@@ -135,8 +124,7 @@ def _failures(state: Replay, retries: int) -> list[dict[str, Any]]:
     found = []
     for trial, events in sorted(state.failures.items()):
         if trial not in state.finished:
-            gave_up = len(events) > retries or any(not event["retry"] for event in events)
-            facts = {"tries": len(events), "given_up": gave_up, "reason": events[-1]["reason"]}
+            facts = {"tries": len(events), "given_up": gave_up(events, retries), "reason": events[-1]["reason"]}
             found.append({"trial": trial, **facts})
     return found
 

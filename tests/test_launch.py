@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config import dump
-from megatron_lite.metrics import read_jsonl
+from megatron_lite.files import read_jsonl
 from megatron_lite.testing import tiny_config, write_tiny_shards
 
 ROOT = Path(__file__).resolve().parents[1]

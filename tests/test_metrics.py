@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from megatron_lite.metrics import Metrics, Stopwatch, read_jsonl
+from megatron_lite.files import read_jsonl
+from megatron_lite.metrics import Metrics, Stopwatch
 from megatron_lite.testing import tiny_config, write_tiny_shards
 from megatron_lite.train import log, train
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from megatron_lite.config import ModelConfig, OptimConfig
 from megatron_lite.data.mixture import Mixture
+from megatron_lite.files import read_jsonl
 from megatron_lite.mesh import Mesh
-from megatron_lite.metrics import read_jsonl
 from megatron_lite.model import GPT
 from megatron_lite.optim import MuonAdamW, build_optimizer, hidden_lr_scale, param_groups, set_learning_rate
 from megatron_lite.plan import Plan

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_lite.config import ModelConfig, OptimConfig
 from megatron_lite.data.mixture import Mixture
+from megatron_lite.files import read_jsonl
 from megatron_lite.hf import export_hf, fold_multipliers
 from megatron_lite.mesh import Mesh, TensorParallel
-from megatron_lite.metrics import read_jsonl
 from megatron_lite.model import GPT
 from megatron_lite.optim import build_optimizer, clip_grad_norm, hidden_lr_scale, param_groups, set_learning_rate
 from megatron_lite.shape import ModelShape, resolve_shape

@@ -9,8 +9,8 @@ import torch
 
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.data.sidecar import read_meta
+from megatron_lite.files import read_jsonl
 from megatron_lite.mesh import Mesh
-from megatron_lite.metrics import read_jsonl
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import train
 from tests.test_train import last_state, losses

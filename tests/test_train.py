@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from megatron_lite.config import Config, dump
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.engine.torch_engine import TorchEngine
+from megatron_lite.files import read_jsonl
 from megatron_lite.mesh import Mesh
-from megatron_lite.metrics import read_jsonl
 from megatron_lite.model import GPT
 from megatron_lite.process import manual_gc
 from megatron_lite.run import resolve

@@ -14,7 +14,7 @@ from megatron_lite.data import prefetch
 from megatron_lite.data.loader import BlendedLoader
 from megatron_lite.data.mixture import Mixture
 from megatron_lite.data.prefetch import Prefetch
-from megatron_lite.metrics import read_jsonl
+from megatron_lite.files import read_jsonl
 from megatron_lite.testing import tiny_config, write_tiny_shards
 from megatron_lite.train import Preempted, train
 

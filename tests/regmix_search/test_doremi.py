@@ -16,7 +16,7 @@ import yaml
 
 from megatron_lite.config import to_dict
 from megatron_lite.data.mixture import Mixture
-from megatron_lite.metrics import read_jsonl
+from megatron_lite.files import read_jsonl
 from megatron_lite.testing import tiny_config, write_tiny_shards
 from regmix_search import run as cli
 from regmix_search.config import load_search

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from loopback_slurm import slurm_cluster, why_not
 from scripted import Scripted
+from test_proxies import assert_dead, wait_for
 
 from megatron_lite.config import Config, load_config
 from regmix_search.config import ProxiesConfig, SlurmConfig
@@ -140,7 +141,7 @@ def test_closing_ends_what_runs(build, tmp_path):
     time.sleep(0.2)
     executor.close()
     for i in range(2):
-        assert_dead(int((tmp_path / f"tried{i}").read_text()))
+        assert_dead(int((tmp_path / f"tried{i}").read_text()), 20)
 
 
 def test_room_is_what_may_be_submitted(build, tmp_path):
@@ -213,7 +214,7 @@ def test_tasks_end_when_their_driver_is_gone(slurm, tmp_path, how):
     wait_for(lambda: (tmp_path / "tried0").exists())
     if how == "closed":
         heartbeat.unlink()
-    assert_dead(int((tmp_path / "tried0").read_text()))
+    assert_dead(int((tmp_path / "tried0").read_text()), 20)
     (outcome,) = run_on(executor)
     assert "the driver is gone" in outcome.reason
 
@@ -342,20 +343,3 @@ def run_on(executor: Executor, count: int = 1) -> list[Outcome]:
         outcomes += executor.wait(0.2)
         assert time.monotonic() < end
     return outcomes
-
-
-def wait_for(condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-
-
-def assert_dead(pid: int) -> None:
-    def gone() -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except FileNotFoundError:
-            return True
-
-    wait_for(gone, 20)

@@ -169,12 +169,11 @@ def wait_for(condition: Any, timeout: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def assert_dead(pid: int) -> None:
+def assert_dead(pid: int, timeout: float = 10.0) -> None:
     def gone() -> bool:
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
             return True
-        return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
 
-    wait_for(gone, 10)
+    wait_for(gone, timeout)

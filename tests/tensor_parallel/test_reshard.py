@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_lite.config import ParallelConfig
 from megatron_lite.data.mixture import Mixture
+from megatron_lite.files import read_jsonl
 from megatron_lite.mesh import Mesh
-from megatron_lite.metrics import read_jsonl
 from megatron_lite.run import build, resolve, save
 from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
 from megatron_lite.train import train
