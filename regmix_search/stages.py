@@ -152,9 +152,9 @@ def proxies(search: Search) -> Stage:
         failed = "".join(f"\n  failed for good: trial {i}: {reason}" for i, reason in ledger.failed.items())
         scored = [event for event in done if "eval_seconds" in event]
         seconds, scoring = (sum(event[key] for event in scored) for key in ("seconds", "eval_seconds"))
-        cost = f"evaluation took {scoring / max(seconds - scoring, 1e-9):.1%} of the training"
+        cost = f", evaluation took {scoring / max(seconds - scoring, 1e-9):.1%} of the training" if scored else ""
         tokens = f"{sum(event['tokens'] for event in done):,} tokens"
-        return f"{len(done)} of {total} done{ended}, {tokens}, {cost}{stopped}{failed}"
+        return f"{len(done)} of {total} done{ended}, {tokens}{cost}{stopped}{failed}"
 
     inputs = {**fingerprint, "retries": config.proxies.retries}
     if config.proxies.until_precise:  # what it means that the optimum is settled
