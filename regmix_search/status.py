@@ -16,6 +16,7 @@ from regmix_search.early import read_fits
 from regmix_search.freshness import read_record
 from regmix_search.ledger import Counts, Replay, gave_up, replay
 from regmix_search.progress import describe_counts, describe_left
+from regmix_search.trainings import describe_models, describe_rounds, read_models, read_rounds
 
 FAILURES = 5  # trials whose failures are written out
 Event = dict[str, Any]
@@ -24,7 +25,8 @@ Event = dict[str, Any]
 def read_status(out: Path) -> dict[str, Any]:
     """Counts, rate, expected finish, failures, the best so far, early and last fit; JSON values, seconds and nats.
 
-    Raises ValueError where there is no search. `finish_at` is null unless a driver is at work.
+    DoReMi has `rounds` and no trials; `models` are stage train's. `finish_at` is null unless a driver is at work.
+    Raises ValueError where there is no search.
     """
     if not (out / "config.yaml").is_file() and not (out / "trials.jsonl").is_file():
         raise ValueError(f"{out}: no search here; name its folder with --out DIR")
@@ -40,6 +42,7 @@ def read_status(out: Path) -> dict[str, Any]:
     fits, stopped = read_fits(out / "early.json")
     return {
         "name": config.name,
+        "method": config.method,
         "out_dir": str(out),
         "stages": _stages(out / "stages"),
         "trials": {"planned": counts.total, **asdict(counts)},
@@ -52,16 +55,34 @@ def read_status(out: Path) -> dict[str, Any]:
         "early_line": fits[-1].line() if fits else None,
         "stopped": stopped,
         "optimum": _optimum(out),
+        "rounds": read_rounds(out, config),
+        "models": read_models(out, config),
     }
 
 
 def describe_status(status: Mapping[str, Any]) -> str:
     """What read_status found, in lines."""
-    trials = {key: value for key, value in status["trials"].items() if key != "planned"}
     lines = [f"{status['name']} in {status['out_dir']}"]
     lines += [f"  {stage['stage']}: {stage['summary'].splitlines()[0]}" for stage in status["stages"]]
+    lines += describe_rounds(status["rounds"]) if status["method"] == "doremi" else _proxy_lines(status)
+    if (best := status["best"]) is not None:
+        lines.append(f"best: {best['target']} {best['loss']:.4f} in t{best['trial']:04d}: {_mixture(best['weights'])}")
+    if status["early"] is not None:
+        lines.append(f"early fit: {status['early_line']}")
+    if status["stopped"] is not None:
+        lines.append(f"stopped: {status['stopped']}")
+    if (optimum := status["optimum"]) is not None:
+        low, high = optimum["interval90"]
+        against = f"{optimum['predicted']:.4f} ({low:.4f} to {high:.4f}) against the prior's {optimum['prior']:.4f}"
+        lines.append(f"last fit: {against}: {_mixture(optimum['weights'])}")
+    return "\n".join([*lines, *describe_models(status["models"])])
+
+
+def _proxy_lines(status: Mapping[str, Any]) -> list[str]:
+    """Counts, pace, what runs and what failed."""
+    trials = {key: value for key, value in status["trials"].items() if key != "planned"}
     early = f", {status['ended_early']} ended early" if status["ended_early"] else ""
-    lines.append(f"proxies: {describe_counts(Counts(**trials))}{early}")
+    lines = [f"proxies: {describe_counts(Counts(**trials))}{early}"]
     if status["tokens_per_s"] is not None:
         left = status["seconds_left"]
         lines.append(f"  {status['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {describe_left(left)}"))
@@ -75,17 +96,7 @@ def describe_status(status: Mapping[str, Any]) -> str:
         lines.append(f"  t{failure['trial']:04d} failed {failure['tries']} x, {what}: {failure['reason']}")
     if len(status["failures"]) > FAILURES:
         lines.append(f"  and {len(status['failures']) - FAILURES} more failures in trials.jsonl")
-    if (best := status["best"]) is not None:
-        lines.append(f"best: {best['target']} {best['loss']:.4f} in t{best['trial']:04d}: {_mixture(best['weights'])}")
-    if status["early"] is not None:
-        lines.append(f"early fit: {status['early_line']}")
-    if status["stopped"] is not None:
-        lines.append(f"stopped: {status['stopped']}")
-    if (optimum := status["optimum"]) is not None:
-        low, high = optimum["interval90"]
-        against = f"{optimum['predicted']:.4f} ({low:.4f} to {high:.4f}) against the prior's {optimum['prior']:.4f}"
-        lines.append(f"last fit: {against}: {_mixture(optimum['weights'])}")
-    return "\n".join(lines)
+    return lines
 
 
 def _running(out: Path, events: Sequence[Event], state: Replay, alive: set[str]) -> list[dict[str, Any]]:

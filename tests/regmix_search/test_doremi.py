@@ -24,6 +24,7 @@ from regmix_search.doremi import doremi, first_weights, main_mixtures
 from regmix_search.report.doremi import summarise, verdict
 from regmix_search.search import Search
 from regmix_search.space import build_space
+from regmix_search.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,7 @@ def made(tmp_path_factory) -> Path:
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (folder / "out/doremi/round-1-proxy/result.json").exists()
+    (folder / "killed.json").write_text(json.dumps(read_status(folder / "out")))
     assert cli.main(arguments) == 0
     return folder
 
@@ -82,6 +84,18 @@ def test_rounds_go_on_from_where_they_were_killed(made):
         assert one["change"] == max(abs(answer[d] - one["reference"][d]) for d in "abc")
         assert one["curves"]["tokens"] == [128 * step for step in range(1, 51)]
         assert one["flops"]["proxy"] == pytest.approx(one["flops"]["reference"] * 4 / 3)
+
+
+@pytest.mark.slow
+def test_status_follows_the_rounds(made):
+    killed, ended = json.loads((made / "killed.json").read_text())["rounds"], read_status(made / "out")["rounds"]
+    assert [run["run"] for run in killed] == ["round-1-reference", "round-1-proxy"]
+    assert killed[0]["state"] == "done" and killed[0]["step"] == killed[0]["steps"] == 50
+    assert 0 < killed[1]["step"] <= 50 and sum(killed[1]["weights"].values()) == pytest.approx(1)
+    rounds = json.loads((made / "out/doremi.json").read_text())["rounds"]
+    assert [run["state"] for run in ended] == ["done"] * 4
+    assert [run["change"] for run in ended[1::2]] == pytest.approx([one["change"] for one in rounds])
+    assert ended[3]["weights"] == rounds[1]["weights"]
 
 
 @pytest.mark.slow

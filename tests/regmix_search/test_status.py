@@ -153,6 +153,70 @@ def test_a_log_gets_plain_lines_and_no_escape() -> None:
     assert stream.getvalue() == "proxies: 4 of 10 done, 2 running, 1 failed, best readme 4.81 in t0031\n"
 
 
+def write_run(folder: Path, steps: int, rows: list[dict[str, float]], result: bool) -> None:
+    """A run's folder as training leaves it, of this living process; its last line is torn."""
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps({"total_steps": steps, "tokens_per_step": 100}))
+    lines = [json.dumps({**row, "train/loss": 4.25, "perf/tokens_per_s": 50.0}) for row in rows]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"st']))
+    (folder / ".lock").write_text(f"pid {os.getpid()} on {os.uname().nodename}")
+    if result:
+        (folder / "result.json").write_text("{}")
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Path:
+    """A search by DoReMi in its second round: the proxy at step 20 of 240."""
+    (tmp_path / "config.yaml").write_text(
+        "{name: dro, method: doremi, doremi: {rounds: 3}, train: {seeds: 1, mixtures: [optimal, prior]}}"
+    )
+    for number, steps in ((1, 240), (2, 20)):
+        folder = tmp_path / f"doremi/round-{number}-reference"
+        write_run(folder, 240, [{"step": 240}], result=True)
+        inputs = {"weights": {"web": 0.5, "code": 0.5}}
+        folder.with_name(f"{folder.name}.inputs.json").write_text(json.dumps(inputs))
+        row = {"step": steps, "average/web": 0.5 - number / 10, "average/code": 0.5 + number / 10, "weight/web": 0.9}
+        write_run(tmp_path / f"doremi/round-{number}-proxy", 240, [{**row, "step": 1}, row], result=number == 1)
+    return tmp_path
+
+
+def test_status_of_doremi_says_round_run_step_pace_and_weights(rounds: Path) -> None:
+    status = read_status(rounds)
+    names = [f"round-{number}-{who}" for number in (1, 2) for who in ("reference", "proxy")]
+    assert [(run["run"], run["state"]) for run in status["rounds"]] == [
+        *((name, "done") for name in names[:3]),
+        (names[3], "running"),
+    ]
+    last = status["rounds"][-1]
+    assert (last["step"], last["steps"], last["tokens_per_s"], last["loss"]) == (20, 240, 50.0, 4.25)
+    assert last["seconds_left"] == pytest.approx((240 - 20) * 100 / 50)
+    assert last["weights"] == pytest.approx({"web": 0.3, "code": 0.7})
+    assert [run["change"] for run in status["rounds"]] == [None, pytest.approx(0.1), None, pytest.approx(0.2)]
+    text = describe_status(status)
+    assert "round 2 of at most 3: proxy running, step 20 of 240, loss 4.2500, 50 tokens/s, 7.33 min to go" in text
+    assert "round 1 of at most 3: proxy done, step 240 of 240, loss 4.2500, 50 tokens/s, largest change 0.1000" in text
+    assert "weights so far: code 70.0%, web 30.0%" in text and "of 0 done" not in text and "models" not in text
+
+
+def test_status_says_which_runs_have_stopped_and_how_far_models_are(rounds: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (rounds / "doremi/round-2-proxy/.lock").write_text(f"pid {gone.pid} on {os.uname().nodename}")
+    write_run(rounds / "train/optimal-s0", 600, [{"step": 300}], result=False)
+    status = read_status(rounds)
+    assert status["rounds"][-1]["state"] == "stopped" and status["rounds"][-1]["seconds_left"] is None
+    assert [model["state"] for model in status["models"]] == ["running", *["waiting"] * (len(status["models"]) - 1)]
+    text = describe_status(status)
+    assert "round 2 of at most 3: proxy stopped, step 20 of 240" in text
+    assert f"models: 0 of {len(status['models'])} done\n  optimal-s0 running, step 300 of 600" in text
+    (rounds / "doremi/round-2-proxy/.lock").write_text("pid 1 on another-machine")
+    assert read_status(rounds)["rounds"][-1]["state"] == "running", "it wrote something just now"
+    long_ago = time.time() - 2 * LEASE
+    for path in (rounds / "doremi/round-2-proxy", rounds / "doremi/round-2-proxy/metrics.jsonl"):
+        os.utime(path, (long_ago, long_ago))
+    assert read_status(rounds)["rounds"][-1]["state"] == "stopped"
+
+
 def points(runs: EventMultiplexer, run_name: str, tag: str) -> list[tuple[int, float]]:
     return [(e.step, float(tensor_util.make_ndarray(e.tensor_proto))) for e in runs.Tensors(run_name, tag)]
 
