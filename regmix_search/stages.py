@@ -293,7 +293,7 @@ def report(search: Search) -> Stage:
 
         return str(write_report(out).get("verdict", ""))
 
-    names = ("space", "fit", "optimum", "scales", "train")
+    names = ("space", "early", "fit", "optimum", "scales", "train")
     files = ["trials.jsonl", "losses.csv", "config.yaml", *(f"{name}.json" for name in names)]
     inputs = {name: digest(out / name, name) for name in files if (out / name).is_file()}
     inputs["mixtures.csv"] = digest(out / "mixtures.csv", "mixtures")

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_lite.files import atomic_write, atomic_write_json
 from regmix_search.report import exhibits, figures
+from regmix_search.report.early import describe_early
 from regmix_search.report.evidence import Evidence, finite, read_evidence, read_mixtures
 from regmix_search.report.findings import as_sentence, gather_facts, noise_sd
 from regmix_search.report.goal import follow_goal
@@ -35,7 +36,8 @@ def write_report(run_dir: Path) -> dict[str, Any]:
     evidence = follow_goal(read_evidence(run_dir))
     facts, sizes = gather_facts(evidence), read_sizes(run_dir)
     facts["warnings"] += map(as_sentence, sizes.warnings)
-    context = {"facts": facts, "evidence": evidence, "sizes": sizes, **exhibits.build_tables(evidence, facts)}
+    context = {"facts": facts, "evidence": evidence, "sizes": sizes, "early": describe_early(evidence)}
+    context |= exhibits.build_tables(evidence, facts)
     context |= {"figures": draw_figures(evidence, facts), "reach": _reach(evidence), **_surroundings(run_dir)}
     atomic_write(run_dir / "report.html", _render("page.html.j2", context))
     atomic_write(run_dir / "report.md", _render("page.md.j2", context))
@@ -78,7 +80,8 @@ def _rounds(evidence: Evidence) -> dict[int, int]:
 
 def _scatters(evidence: Evidence, facts: dict[str, Any]) -> dict[str, str]:
     fitted = (evidence.fit.get("targets") or {}).get(facts["target"]) or {}
-    held = fitted.get("holdout") or {}
+    held, estimates = fitted.get("holdout") or {}, {t.index for t in evidence.trials if t.stopped_at is not None}
+    hollow = {place for place, index in enumerate(evidence.fit.get("train_index") or ()) if index in estimates}
     drawn: dict[str, str] = {}
     sources = {
         "cross_validation": (fitted.get("cv_predicted"), fitted.get("true"), "prior", "cross-validated"),
@@ -94,7 +97,9 @@ def _scatters(evidence: Evidence, facts: dict[str, Any]) -> dict[str, str]:
             lines.append(f"RMSE {score.rmse:.3f} nats")
             pairs = [(finite(p), finite(t)) for p, t in zip(predicted or (), true or (), strict=False)]
             label = f"Predicted and true: {words}"
-            drawn[name] = figures.draw_scatter(pairs, limits, facts["noise_sd"], lines, style, label)
+            drawn[name] = figures.draw_scatter(
+                pairs, limits, facts["noise_sd"], lines, style, label, hollow if name == "cross_validation" else set()
+            )
     return drawn
 
 

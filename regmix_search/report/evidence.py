@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from regmix_search.ledger import Replay, replay
+
 TRAIN_PREFIX = "train_"
 VALID_PREFIX = "valid_"
 METRIC_PREFIX = "metric/"
@@ -35,7 +37,7 @@ class Trial:
 
     index: int
     kind: str  # "train", "holdout" or "repeat"; guessed from equal weights where there is no ledger
-    status: str  # "finished", "failed", "unfinished" (claimed, no end) or "planned" (never claimed)
+    status: str  # "finished", "failed", "unfinished" (claimed, no end) or "planned" (waits)
     weights: dict[str, float]
     losses: dict[str, float]  # nats per token; only finite values
     seconds: float  # this, tokens and flops: over all finished and failed attempts
@@ -44,6 +46,7 @@ class Trial:
     seed: int | None
     failures: tuple[str, ...]
     spans: tuple[tuple[float, float], ...]  # (start, end), unix seconds
+    stopped_at: float | None = None  # tokens at which it was ended early, its losses being estimates since
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Evidence:
     fit: dict[str, Any]
     optimum: dict[str, Any]
     train: dict[str, Any]
+    early: dict[str, Any]
     manifest: dict[str, Any]
     config: dict[str, Any]
     config_text: str
@@ -101,27 +105,28 @@ def read_evidence(run_dir: Path) -> Evidence:
     planned, domains = read_mixtures(run_dir / MIXTURES)
     missing = {name: why for name, why in WITHOUT.items() if not (run_dir / name).is_file()}
     problems: list[str] = []
-    space, fit, optimum, train, manifest = (
+    space, fit, optimum, train, early, manifest = (
         _read_json(run_dir / name, problems)
-        for name in ("space.json", "fit.json", "optimum.json", "train.json", "corpus/MANIFEST.json")
+        for name in ("space.json", "fit.json", "optimum.json", "train.json", "early.json", "corpus/MANIFEST.json")
     )
     mixture_text, config_text = _read_text(run_dir / "mixture.yaml"), _read_text(run_dir / "config.yaml")
     if not optimum.get("weights") and mixture_text:
         train_part = _parse_yaml(mixture_text, "mixture.yaml", problems).get("train") or {}
         weights = {name: part.get("weight") if isinstance(part, dict) else part for name, part in train_part.items()}
         optimum = {**optimum, "weights": finite_dict(weights, TRAIN_PREFIX)}
-    events = _read_ledger(run_dir / "trials.jsonl", problems)
+    ledger = _read_ledger(run_dir / "trials.jsonl", problems)
     losses = _read_losses(run_dir / "losses.csv", problems)
     held_back = {int(i) for t in (fit.get("targets") or {}).values() for i in (t.get("holdout") or {}).get("index", [])}
     return Evidence(
         run_dir=run_dir,
         domains=domains,
-        trials=_join_trials(planned, events, losses, held_back),
+        trials=_join_trials(planned, ledger, losses, held_back),
         runs=tuple(_parse_run(run) for run in train.get("runs") or []),
         space=space,
         fit=fit,
         optimum=optimum,
         train=train,
+        early=early,
         manifest=manifest,
         config=_parse_yaml(config_text, "config.yaml", problems),
         config_text=config_text,
@@ -186,62 +191,50 @@ def _read_losses(path: Path, problems: list[str]) -> dict[int, dict[str, float]]
     return losses
 
 
-def _read_ledger(path: Path, problems: list[str]) -> dict[int, list[dict[str, Any]]]:
-    """Events by trial. A torn last line is what a kill leaves behind; a torn line elsewhere is reported."""
-    if not path.is_file():
-        return {}
-    events: dict[int, list[dict[str, Any]]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            events.setdefault(int(event["trial"]), []).append(event)
-        except (ValueError, KeyError, TypeError):
-            if line.strip() and number < len(lines):
-                problems.append(f"trials.jsonl, line {number} cannot be read; the line was left out.")
-    return events
+def _read_ledger(path: Path, problems: list[str]) -> Replay:
+    """What the ledger amounts to. A torn last line is what a kill leaves behind; a torn line elsewhere is reported."""
+    try:
+        state = replay(path)
+    except ValueError as error:
+        problems.append(f"{error}; the whole of it was taken as missing.")
+        return Replay()
+    whole = path.read_bytes().count(b"\n") if state.torn_lines else 0
+    for number in state.torn_lines:
+        if number <= whole:
+            problems.append(f"{path.name}, line {number} cannot be read; the line was left out.")
+    return state
 
 
 def _join_trials(
-    planned: dict[int, dict[str, float]],
-    events: dict[int, list[dict[str, Any]]],
-    losses: dict[int, dict[str, float]],
-    held_back: set[int],
+    planned: dict[int, dict[str, float]], ledger: Replay, losses: dict[int, dict[str, float]], held_back: set[int]
 ) -> tuple[Trial, ...]:
     trials, seen = [], set()
-    for index in sorted({*planned, *events, *losses}):
-        mine = events.get(index, [])
-        ends = [e for e in mine if e.get("event") in ("finish", "fail")]
-        finish: dict[str, Any] = next((e for e in reversed(mine) if e.get("event") == "finish"), {})
+    for index in sorted({*planned, *ledger.finished, *ledger.failures, *ledger.claims, *losses}):
+        finish, failures = ledger.finished.get(index, {}), ledger.failures.get(index, [])
+        ends = [*failures, *([finish] if finish else [])]
         scored = losses.get(index) or finite_dict(finish.get("losses"), VALID_PREFIX)
         weights = planned.get(index) or finite_dict(finish.get("weights"), TRAIN_PREFIX)
         mixture = tuple(weights.items())
         guess = "holdout" if index in held_back else "repeat" if mixture in seen else "train"
         seen.add(mixture)
+        ended = "finished" if finish or scored else "unfinished" if index in ledger.claims else "planned"
         trials.append(
             Trial(
                 index=index,
-                kind=next((e["kind"] for e in reversed(mine) if e.get("kind")), guess),
-                status=_status(mine, bool(finish or scored)),
+                kind=next((e["kind"] for e in reversed(ends) if e.get("kind")), guess),
+                status="failed" if failures and ended == "planned" else ended,
                 weights=weights,
                 losses=scored,
                 seconds=_total(ends, "seconds"),
                 tokens=_total(ends, "tokens"),
                 flops=_total(ends, "flops"),
                 seed=finish.get("seed"),
-                failures=tuple(str(e.get("reason") or "no reason given") for e in mine if e.get("event") == "fail"),
+                failures=tuple(event["reason"] or "no reason given" for event in failures),
                 spans=tuple(_span(e) for e in ends if e.get("time")),
+                stopped_at=finite(finish.get("tokens")) if finish.get("stopped") else None,
             )
         )
     return tuple(trials)
-
-
-def _status(events: Sequence[dict[str, Any]], done: bool) -> str:
-    if done:
-        return "finished"
-    if not events:
-        return "planned"
-    return "failed" if events[-1].get("event") == "fail" else "unfinished"
 
 
 def _total(events: Sequence[dict[str, Any]], key: str) -> float:

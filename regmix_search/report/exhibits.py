@@ -53,7 +53,7 @@ def build_tables(evidence: Evidence, facts: dict[str, Any]) -> dict[str, Any]:
             [
                 [Cell(f"t{t.index:04d}"), Cell(_fate(t)), Cell("; then ".join(t.failures) or DASH, "wrap")]
                 for t in evidence.trials
-                if t.failures or t.status in ("failed", "unfinished")
+                if t.failures or t.stopped_at is not None or t.status in ("failed", "unfinished")
             ],
             left=3,
         ),
@@ -281,6 +281,8 @@ def by_weight(evidence: Evidence, facts: dict[str, Any]) -> list[str]:
 
 
 def _fate(trial: Trial) -> str:
+    if trial.stopped_at is not None:
+        return f"ended early, after {count(trial.stopped_at)} tokens: losses are estimates"
     return f"finished at attempt {len(trial.failures) + 1}" if trial.status == "finished" else trial.status
 
 

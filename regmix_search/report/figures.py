@@ -1,7 +1,7 @@
 """The report's figures as inline SVG. Each is one function of plain numbers and returns the <svg> text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,16 +85,23 @@ def draw_weights(
 
 
 def draw_scatter(
-    pairs: Sequence[Point], limits: Sequence[float], noise: float, words: Sequence[str], style: str, label: str
+    pairs: Sequence[Point],
+    limits: Sequence[float],
+    noise: float,
+    words: Sequence[str],
+    style: str,
+    label: str,
+    hollow: Collection[int] = (),
 ) -> str:
     """(predicted, true) pairs in nats, with the diagonal and a band of two noise sds on either side of it.
 
-    `limits` are values that both axes must reach, so that two figures can share them.
+    `limits` are values that both axes must reach, so that two figures can share them; `hollow`: pairs whose true loss
+    is an estimate.
     """
     canvas = Canvas(376, label)
     left, right, top, bottom = 46, WIDTH - 8, 10, 336
-    pairs = [(p, t) for p, t in pairs if math.isfinite(p) and math.isfinite(t)]
-    lo, hi = _padded([*limits, *(v for pair in pairs for v in pair)])
+    shown = [(i, p, t) for i, (p, t) in enumerate(pairs) if math.isfinite(p) and math.isfinite(t)]
+    lo, hi = _padded([*limits, *(v for _, p, t in shown for v in (p, t))])
     x, y = Scale(lo, hi, left, right), Scale(lo, hi, bottom, top)
     if noise > 0:
         band = min(2 * noise, hi - lo)
@@ -103,8 +110,9 @@ def draw_scatter(
     canvas.axis_x(x, nice_ticks(lo, hi), top, bottom, "predicted loss (nats per token)")
     canvas.axis_y(y, nice_ticks(lo, hi), left, right)
     canvas.line(x(lo), y(lo), x(hi), y(hi), "zero")
-    for p, t in pairs:
-        canvas.circle(x(p), y(t), 4, f"f-{style} dot", f"predicted {p:.3f}, true {t:.3f}")
+    for i, p, t in shown:
+        cls, source = (f"s-{style} told", "estimated") if i in hollow else (f"f-{style} dot", "true")
+        canvas.circle(x(p), y(t), 4, cls, f"predicted {p:.3f}, {source} {t:.3f}")
     canvas.text(left + 8, top + 14, "true loss", "axis")
     for i, line in enumerate(words):
         canvas.text(left + 8, top + 34 + 16 * i, line, "strong" if i == 0 else "")

@@ -93,8 +93,9 @@ def _count_trials(evidence: Evidence) -> dict[str, int]:
     statuses = [trial.status for trial in evidence.trials]
     counts = {status: statuses.count(status) for status in ("finished", "failed", "unfinished", "planned")}
     kinds = {kind: sum(t.kind == kind for t in evidence.finished) for kind in ("train", "holdout")}
+    early = sum(trial.stopped_at is not None for trial in evidence.trials)
     retried = sum(1 for t in evidence.trials if t.failures and t.status == "finished")
-    return {**counts, **kinds, "repeat": len(evidence.repeats), "retried": retried}
+    return {**counts, **kinds, "repeat": len(evidence.repeats), "retried": retried, "ended_early": early}
 
 
 def _noise(evidence: Evidence, target: str) -> dict[str, Any]:
@@ -206,7 +207,8 @@ def _collect_warnings(evidence: Evidence, facts: dict[str, Any]) -> list[str]:
         found.append(f"The surrogate's Spearman is {judge.spearman:.2f}: its optimum should not be relied on.")
     if facts["inside_sampled_region"] is False and not any("region" in w or "extrapol" in w.lower() for w in found):
         found.append("The optimum lies outside the region that the proxies sampled: its prediction is extrapolation.")
-    if open_trials := trials["unfinished"] + trials["planned"]:
+    open_trials = trials["unfinished"] + trials["planned"]
+    if open_trials and not evidence.early.get("stopped"):
         found.append(f"{open_trials} of {len(evidence.trials)} planned proxies have not been trained.")
     if trials["failed"]:
         words = "1 proxy failed and is" if trials["failed"] == 1 else f"{trials['failed']} proxies failed and are"

@@ -207,7 +207,8 @@ def test_noise_cost_and_failures(search: tuple[Path, dict[str, Any]]) -> None:
     assert report["spread_over_noise"] == pytest.approx(statistics.stdev(others) / statistics.stdev(repeats))
     text = page_of(run_dir).text
     assert report["trials"] == {
-        "finished": 59, "failed": 1, "unfinished": 0, "planned": 0, "train": 48, "holdout": 8, "repeat": 3, "retried": 1
+        "finished": 59, "failed": 1, "unfinished": 0, "planned": 0, "train": 48, "holdout": 8, "repeat": 3,
+        "retried": 1, "ended_early": 0,
     }  # fmt: skip
     assert "all proxies 60 58.0M 1 h 09 min 35 min 14.0k" in text  # 59 x 70 s on two workers; 59 x 983,040 tokens
     assert "retrained models 8 160.0M 55 min" in text and "4.03e+15" in text  # 6 x 4.2e6 x 20e6 x 8
