@@ -12,6 +12,7 @@ from regmix_search.report.verdict import Comparison
 
 LEFT = 92  # room for a domain's name
 ROW = 24
+LABEL_GAP = 14  # between the base lines of two names at the ends of curves
 # A curve needs no more points than the figure has pixels.
 MAX_POINTS = 240
 GOLDEN = 0.6180339887498949  # jitter of strip plots: i * GOLDEN mod 1 spreads neighbours and is the same every time
@@ -123,6 +124,7 @@ def draw_curves(curves: Sequence[Curve], label: str, floor_share: float = 0.12) 
     """Loss against tokens: the mean over seeds as a line, each seed faint behind it, the name at the end of the line.
 
     The y axis starts at the highest loss after `floor_share` of the tokens: the first fall would flatten the rest.
+    Where there is no room for all names, those that moved most from first to last point have theirs.
     """
     canvas = Canvas(300, label)
     left, right, top, bottom = 46, WIDTH - 92, 12, 258
@@ -133,16 +135,22 @@ def draw_curves(curves: Sequence[Curve], label: str, floor_share: float = 0.12) 
     x, y = Scale(0, last, left, right), Scale(lo, hi, bottom, top)
     canvas.axis_x(x, nice_ticks(0, last, 4), top, bottom, "training tokens")
     canvas.axis_y(y, nice_ticks(lo, hi), left, right)
-    ends = []
+    ends, moved = [], []
     for curve in curves:
         for seed in curve.seeds:
             canvas.polyline(_visible(seed, x, y), f"s-{curve.style} faint")
         mean = mean_curve(curve.seeds)
         canvas.polyline(_visible(mean, x, y), f"s-{curve.style} curve", curve.label)
         ends.append(y(mean[-1][1]) if mean else bottom)
-    for curve, at, place in zip(curves, ends, spread_labels(ends, 14, top + 4, bottom), strict=True):
-        canvas.line(right + 2, at, right + 9, place, f"s-{curve.style} lead")
-        canvas.name(right + 12, place + 4, curve.label, 13, "start", f"f-{curve.style} strong")
+        moved.append(abs(mean[-1][1] - mean[0][1]) if mean else 0.0)
+    room = int((bottom - top - 4) // LABEL_GAP) + 1
+    named = sorted(sorted(range(len(curves)), key=lambda i: -moved[i])[:room])
+    places = spread_labels([ends[i] for i in named], LABEL_GAP, top + 4, bottom)
+    for i, place in zip(named, places, strict=True):
+        canvas.line(right + 2, ends[i], right + 9, place, f"s-{curves[i].style} lead")
+        canvas.name(right + 12, place + 4, curves[i].label, 13, "start", f"f-{curves[i].style} strong")
+    if len(curves) > room:
+        canvas.text(right + 12, bottom + 20, f"+ {len(curves) - room} more", "tick", title="they moved less")
     return canvas.render()
 
 

@@ -1,11 +1,16 @@
 """The statistics and the words of the report, and the small parts that it is drawn with."""
 
+import itertools
 import math
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from regmix_search.report.costs import covered
+from regmix_search.report.figures import LABEL_GAP, Curve, draw_curves
 from regmix_search.report.numerals import count, duration, minus
 from regmix_search.report.svg import Scale, nice_ticks, spread_labels, tick_labels
 from regmix_search.report.verdict import (
@@ -19,6 +24,22 @@ from regmix_search.report.verdict import (
     transfer,
     trust,
 )
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=60))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_names_of_curves_never_overlap_and_are_those_that_moved_most(ends: list[tuple[float, float]]) -> None:
+    curves = [Curve("d0", f"n{i}", [[(0.0, start), (1.0, end)]]) for i, (start, end) in enumerate(ends)]
+    figure = draw_curves(curves, "weights", 0.0)
+    named = re.findall(r'<text class="f-d0 strong" x="[\d.]+" y="([-\d.]+)"[^>]*>n(\d+)</text>', figure)
+    heights = sorted(float(y) for y, _ in named)
+    assert all(b - a >= LABEL_GAP - 0.11 for a, b in itertools.pairwise(heights)), "to a tenth of a pixel"
+    assert heights[0] >= 0 and heights[-1] <= 300, "inside the figure"
+    moved = [abs(end - start) for start, end in ends]
+    shown = [moved[int(i)] for _, i in named]
+    others = sorted(moved)[: len(moved) - len(shown)]
+    assert len(shown) == min(len(ends), 18) and sorted([*others, *shown]) == sorted(moved)
+    assert (f"+ {len(ends) - 18} more" in figure) == (len(ends) > 18)
 
 
 def test_joint_intervals_keep_their_promise() -> None:
