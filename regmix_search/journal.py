@@ -17,12 +17,12 @@ from megatron_lite.files import sync
 
 
 class Journal:
-    """``with journal.locked(): ... journal.read(whole=True); journal.append(line)``, and ``read()`` at any time."""
+    """``with journal.locked(): ... journal.catch_up(); journal.append(line)``, and ``read()`` at any time."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.offset = self.newlines = 0  # what read() has given so far
-        self.ends_torn = False  # the last byte read is not a newline
+        self.unended = False  # there is more, without a newline
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -32,28 +32,37 @@ class Journal:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def read(self, whole: bool = False) -> list[tuple[int, bytes]]:
+    def read(self, tail: bool = False) -> list[tuple[int, bytes]]:
         """(number from 1, line) of what was appended since the last call, blank lines left out.
 
-        ``whole``: a last line without its newline too, for whoever holds the lock: nobody is about to end it.
+        ``tail``: a last line without its end too, for whoever reads once; the next call gives it again.
         """
         if not self.path.exists():
             return []
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            data = file.read()
-        data = data if whole else data[: data.rfind(b"\n") + 1]
-        if not data:
-            return []
-        lines = [(number, line) for number, line in enumerate(data.split(b"\n"), self.newlines + 1) if line.strip()]
-        self.offset += len(data)
-        self.newlines += data.count(b"\n")
-        self.ends_torn = not data.endswith(b"\n")
+            *lines, rest = file.read().split(b"\n")
+        first = self.newlines + 1
+        self.offset += sum(map(len, lines)) + len(lines)
+        self.newlines += len(lines)
+        self.unended = bool(rest)
+        given = [*lines, rest] if tail else lines
+        return [(number, line) for number, line in enumerate(given, first) if line.strip()]
+
+    def catch_up(self) -> list[tuple[int, bytes]]:
+        """``read()`` for whoever is about to append: a last line without its end gets one, so that no other joins it.
+
+        A kill tore it. Or, where locks do nothing, another driver is writing it, and this newline comes after its own.
+        """
+        lines = self.read()
+        while self.unended:
+            self.append(b"")
+            lines += self.read()
         return lines
 
     def append(self, line: bytes) -> None:
-        """Writes one line; it is on the disk when this returns. Only after ``read(whole=True)`` under the lock."""
-        data = b"\n" * self.ends_torn + line + b"\n"
+        """Writes one line; it is on the disk when this returns. Only after ``catch_up()`` under the lock."""
+        data = line + b"\n"
         created = not self.path.exists()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

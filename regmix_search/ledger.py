@@ -123,7 +123,7 @@ class Ledger:
             check_fingerprint(self.path, fingerprint, busy)
             if not fingerprint_path(path).is_file() or read_record(fingerprint_path(path)) != self.fingerprint:
                 atomic_write_json(fingerprint_path(self.path), fingerprint)
-            self.refresh(whole=True)
+            self.refresh(locked=True)
         for index, event in self.finished.items():
             _check_same(self.path, self.trials[index], event)
         # a search in which nothing ever worked has been mended, or nobody would run it again
@@ -131,9 +131,9 @@ class Ledger:
         self.state.failures = {index: [*filter(_still_counts, events)] for index, events in failures.items()}
         self.failures, self.torn_lines = self.state.failures, self.state.torn_lines
 
-    def refresh(self, whole: bool = False) -> list[bytes]:
-        """Reads what was appended since, by this driver and others. ``whole`` is for whoever holds the lock."""
-        lines = self.journal.read(whole)
+    def refresh(self, locked: bool = False) -> list[bytes]:
+        """Reads what was appended since, by this driver and others. ``locked``: this driver holds the lock."""
+        lines = self.journal.catch_up() if locked else self.journal.read()
         for number, line in lines:
             _apply_line(self.state, self.path, number, line, self.config_hash)
         return [line for _, line in lines]
@@ -145,7 +145,7 @@ class Ledger:
         """
         while not self.stopped:
             with self.journal.locked():
-                self.refresh(whole=True)
+                self.refresh(locked=True)
                 if read_record(fingerprint_path(self.path)) != self.fingerprint:
                     raise ValueError(f"{self.path}: taken over by a driver with other settings; name another out_dir")
                 self._release(lambda driver: not self.driver.alive(driver))
@@ -164,21 +164,21 @@ class Ledger:
         False: this driver was given up for dead meanwhile, and the trial is another's; nothing is recorded twice.
         """
         with self.journal.locked():
-            self.refresh(whole=True)
+            self.refresh(locked=True)
             self._append("finish", trial, losses=losses, **facts)
         return self.state.finished.get(trial.index, {}).get("driver") == self.driver.id
 
     def fail(self, trial: Trial, reason: str, retry: bool, **facts: Any) -> bool:
         """Records a failure; True when the trial will be handed out again."""
         with self.journal.locked():
-            self.refresh(whole=True)
+            self.refresh(locked=True)
             self._append("fail", trial, reason=reason, retry=retry, **facts)
         return self._state(trial.index) == "waiting"
 
     def release(self) -> None:
         """Gives up what this driver has claimed and not ended: whoever asks next gets it."""
         with self.journal.locked():
-            self.refresh(whole=True)
+            self.refresh(locked=True)
             self._release(lambda driver: driver == self.driver.id)
 
     @property
@@ -217,7 +217,7 @@ class Ledger:
         line = json.dumps({**record, **named, **facts}, allow_nan=False).encode()
         for _ in range(3):
             self.journal.append(line)
-            if line in self.refresh(whole=True):
+            if line in self.refresh(locked=True):
                 return
         raise OSError(f"{self.path}: what was appended is not there; several machines write, and appends get lost")
 
@@ -233,7 +233,7 @@ def replay(path: str | Path, config_hash: str | None = None) -> Replay:
     With ``config_hash``, events of other settings do not count: failures from before a mistake was mended.
     """
     state = Replay()
-    for number, line in Journal(path).read(whole=True):
+    for number, line in Journal(path).read(tail=True):
         _apply_line(state, path, number, line, config_hash)
     return state
 

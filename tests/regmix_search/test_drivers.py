@@ -29,7 +29,7 @@ def append(self, line):  # what O_APPEND is on NFS: the client asks for the size
     with open(self.path, "r+b") as file:
         file.seek(self.path.stat().st_size)
         time.sleep(0.001)
-        file.write(b"\\n" * self.ends_torn + line + b"\\n")
+        file.write(line + b"\\n")
 if kind == "nfs":
     journal.Journal.append = append
 if kind == "no_locks":
@@ -166,7 +166,7 @@ def test_a_late_result_of_a_trial_that_nobody_has_taken_counts(tmp_path):
     trial = first.ask()
     assert trial is not None
     with second.journal.locked():
-        second.refresh(whole=True)
+        second.refresh(locked=True)
         second._release(lambda driver: driver == first.driver.id)
     assert first.tell(trial, losses={"x": 1.0})
     assert second.ask() is None and second.finished[0]["losses"] == {"x": 1.0}
@@ -177,7 +177,7 @@ def test_a_failure_told_by_one_that_lost_the_trial_uses_up_no_try(tmp_path):
     trial = first.ask()
     assert trial is not None
     with second.journal.locked():
-        second.refresh(whole=True)
+        second.refresh(locked=True)
         second._release(lambda driver: driver == first.driver.id)
     first.fail(trial, "worker killed by SIGKILL", retry=True)
     second.refresh()
@@ -198,6 +198,26 @@ def test_a_line_torn_by_one_driver_is_skipped_by_all(tmp_path):
     first.refresh()
     assert sorted(first.finished) == [0, 1] == sorted(replay(first.path).finished)
     assert replay(first.path).torn_lines == [2]
+
+
+def test_half_of_a_claim_that_is_being_written_is_read_again_when_it_is_whole(tmp_path, monkeypatch):
+    """Where locks do nothing a write becomes visible a page at a time, while another driver reads."""
+    first, second = (Ledger(tmp_path / "trials.jsonl", trials(2), {}) for _ in range(2))
+    theirs = first.ask()
+    text = first.path.read_bytes()
+    first.path.write_bytes(text[:100])
+    assert theirs is not None and theirs.index == 0
+    append = second.journal.append
+
+    def rest_arrives(line: bytes) -> None:
+        monkeypatch.undo()
+        first.path.write_bytes(text)
+        append(line)
+
+    monkeypatch.setattr(second.journal, "append", rest_arrives)
+    mine = second.ask()
+    assert mine is not None and mine.index == 1, "the first driver's trial was claimed again"
+    assert second.torn_lines == [] and replay(first.path).torn_lines == []
 
 
 def test_other_settings_are_refused_while_a_driver_is_at_work(tmp_path):
