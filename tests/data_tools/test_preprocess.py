@@ -142,7 +142,7 @@ def test_kill_leaves_no_shard_and_the_next_run_finishes(tmp_path: Path, hf: Path
     process.stderr.close()
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["a.jsonl", f"out.bin.tmp-{process.pid}"]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path("/proc", child).exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(children) >= 2 and not any(Path("/proc", child).exists() for child in children)

@@ -92,7 +92,7 @@ def trials(count: int) -> list[Trial]:
     return [Trial(i, "train", {"a": 1.0}, seed=0) for i in range(count)]
 
 
-def run(executor: Executor, count: int, timeout: float = 60.0) -> list[Outcome]:
+def run(executor: Executor, count: int, timeout: float = 240.0) -> list[Outcome]:
     """Submits trials as there is room, and waits for as many outcomes."""
     waiting, outcomes, end = trials(count), list[Outcome](), time.monotonic() + timeout
     while len(outcomes) < count:
@@ -135,7 +135,7 @@ def test_closing_ends_what_runs(build, tmp_path):
     executor = build(tmp_path, {0: "hang", 1: "hang"})
     for trial in trials(2):
         executor.submit(trial)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not all((tmp_path / f"tried{i}").exists() for i in range(2)):
         assert executor.wait(0.2) == [] and time.monotonic() < end
     time.sleep(0.2)
@@ -283,10 +283,16 @@ def test_ray_tasks_take_their_fraction_of_a_gpu(ray_cluster, tmp_path):
 
     with closing(RayTasks(Scripted(str(tmp_path), dict.fromkeys(range(4), "meet")), per_gpu=2)) as executor:
         assert executor.free() == 4 and RayTasks(see_gpu, per_gpu=0).free() == 8
-        for trial in meeting(4):
-            executor.submit(trial)
-        seen = Counter(outcome.result["worker"]["gpu"] for outcome in run_on(executor, 4))  # type: ignore[index]
-    assert seen == {"0": 2, "1": 2}
+        for _ in range(3):  # Ray's own workers die at times, on a busy machine; the ledger tries such a trial again
+            for trial in meeting(4):
+                executor.submit(trial)
+            outcomes = run_on(executor, 4)
+            if all(outcome.result for outcome in outcomes):
+                break
+            for mark in tmp_path.glob("tried*"):
+                mark.unlink()
+    assert all(outcome.result for outcome in outcomes), [outcome.reason for outcome in outcomes]
+    assert Counter(outcome.result["worker"]["gpu"] for outcome in outcomes if outcome.result) == {"0": 2, "1": 2}
 
 
 def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monkeypatch):
@@ -338,7 +344,7 @@ def see_gpu(trial: Trial) -> dict[str, Any]:
 
 
 def run_on(executor: Executor, count: int = 1) -> list[Outcome]:
-    outcomes, end = list[Outcome](), time.monotonic() + 60
+    outcomes, end = list[Outcome](), time.monotonic() + 240
     while len(outcomes) < count:
         outcomes += executor.wait(0.2)
         assert time.monotonic() < end

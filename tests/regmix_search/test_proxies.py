@@ -147,7 +147,7 @@ def test_workers_end_with_their_driver_and_the_next_run_goes_on(tmp_path, kill):
     driver = subprocess.Popen([sys.executable, str(path), str(tmp_path)])
     wait_for(lambda: (tmp_path / "tried1").exists() and (tmp_path / "tried2").exists())
     driver.send_signal(kill)
-    driver.wait(timeout=20)
+    driver.wait(timeout=120)
     for i in (1, 2):
         assert_dead(int((tmp_path / f"tried{i}").read_text()))
     assert sorted(replay(tmp_path / "trials.jsonl").finished) == [0]

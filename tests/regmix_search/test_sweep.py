@@ -92,7 +92,7 @@ def test_slurm_gives_what_the_local_pool_gives_although_its_driver_is_killed(slu
     assert all(claims[index] == 1 for index in first), "what was finished was trained again"
     assert all(list((out / "slurm").glob(f"*/t000{i}.log")) for i in range(6)), "a trial has no log"
     queue = subprocess.run(["squeue", "-h", "-r"], capture_output=True, text=True)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while queue.stdout and time.monotonic() < end:  # tasks of the killed driver see that it is gone
         time.sleep(0.5)
         queue = subprocess.run(["squeue", "-h", "-r"], capture_output=True, text=True)
