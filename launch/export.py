@@ -2,6 +2,7 @@
 
     python launch/export.py runs/x --out llama/ --tokenizer tokenizer/            # the newest complete checkpoint
     python launch/export.py runs/x/step_0001000 --out llama/ --tokenizer tokenizer/ --dtype bf16
+    hf upload ORG/MODEL llama/                                                   # publishes it (huggingface_hub)
     python launch/export.py --from-hf llama/ --out imported/                     # a checkpoint of ours, at step 0
 
 An export is compared with transformers before it gets its name. Exit codes: 0 done, 2 a mistake in the request or a
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # so that `python launch/export.py` works from a clo
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from data_tools.tokenizer_kinds import SentencePieceTokenizer
+from launch.card import CardOptions, write_card
 from megatron_lite.checkpoint import save_checkpoint
 from megatron_lite.hf import TokenizerFiles, export_hf
 from megatron_lite.weights import Weights, read_weights
@@ -37,6 +39,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder to make; it must not exist, or be empty")
     parser.add_argument("--tokenizer", help="folder or file of the tokenizer that made the shards; checked by its hash")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="fp32 (as trained) or bf16 (rounded)")
+    parser.add_argument("--name", default="", help="title of the card, such as ORG/MODEL; default: the run's name")
+    parser.add_argument("--license", help="of the weights, as the Hub spells it (mit, apache-2.0); default: not said")
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="ORG/NAME", help="for the card: data on the Hub; repeatable"
+    )
+    parser.add_argument(
+        "--evaluation",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="for the card: results.json of lm-evaluation-harness; repeatable",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits with transformers")
     return parser
 
@@ -58,8 +73,17 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     weights = read_weights(args.checkpoint)
     tokenizer = read_tokenizer(args.tokenizer, weights) if args.tokenizer else None
     facts, verify = weights.tokenizer, not args.no_verify
+    options = CardOptions(args.name, args.license, tuple(args.dataset), tuple(args.evaluation))
     worst = export_hf(
-        weights.tensors, weights.shape, args.out, tokenizer, facts, args.dtype, verify, str(weights.source)
+        weights.tensors,
+        weights.shape,
+        args.out,
+        tokenizer,
+        facts,
+        args.dtype,
+        verify,
+        str(weights.source),
+        write_card(weights, args.dtype, options),
     )
     size = tokenizer.vocab_size if tokenizer else facts.get("vocab_size") or weights.shape.vocab_size
     cut = f" (of the model's {weights.shape.vocab_size:,})" if size < weights.shape.vocab_size else ""

@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(dump(config), end="")
             return 0
+        if config.init_from or config.model.preset == "init_from":
+            from launch import initial
+
+            config = initial.resolve(config)
         return dry_run(config) if args.dry_run else pretrain(config)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -80,10 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(config: Config) -> int:
     """Trains to the end and prints the held-out losses on rank 0."""
+    from launch.provenance import record_start
     from megatron_lite.mesh import Mesh
     from megatron_lite.train import train
 
     mesh = Mesh.from_env()
+    if mesh.is_main:
+        record_start(config.run_dir, mesh)
     try:
         if config.reweighting:
             from regmix_search.group_dro import GroupDRO

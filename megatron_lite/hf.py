@@ -54,11 +54,12 @@ def export_hf(
     dtype: str = "fp32",
     verify: bool = True,
     source: str = "",
+    card: str = "",
 ) -> float | None:
     """Writes a Llama folder that transformers loads, whole or not at all; returns what ``verify_export`` measured.
 
     ``facts`` (vocab_size, eod_id, tokenizer_sha256) serve where there is no tokenizer; the vocabulary is cut to theirs.
-    None: not verified, because ``verify`` is False or transformers is not installed. ValueError when the two disagree.
+    ``card``: README.md. None: not verified (``verify``=False, or no transformers). ValueError when the two disagree.
     """
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,9 +70,7 @@ def export_hf(
         known = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "tokenizer_sha256": sha256}
     vocab_size, eod_id = known["vocab_size"] or shape.vocab_size, known["eod_id"]
     if vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}: it was not trained on it"
-        )
+        raise ValueError(f"the tokenizer has {vocab_size} tokens, the model {shape.vocab_size}: it is another model's")
     tensors, shape = fold_multipliers(tensors, dataclasses.replace(shape, vocab_size=vocab_size))
     rounded = {n: t[:vocab_size] if n in _TABLES else t for n, t in tensors.items()}
     rounded = {n: t.detach().cpu().to(DTYPES[dtype]) for n, t in rounded.items()}
@@ -83,7 +82,10 @@ def export_hf(
         atomic_write_json(temp / "config.json", hf_config(shape, eod_id, DTYPES[dtype]))
         # pad = EOD here for batched generate; not in config.json, where it would stop EOD's row from being trained
         ids = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
-        atomic_write_json(temp / "generation_config.json", ids)
+        length = min(256, shape.seq_length // 2)  # of generate: by default it stops after 20, mostly before an EOD
+        atomic_write_json(temp / "generation_config.json", ids | {"max_new_tokens": length})
+        if card:
+            atomic_write(temp / "README.md", card)
         if tokenizer:
             _write_tokenizer(tokenizer, shape.seq_length, temp)
         difference = None
@@ -199,9 +201,7 @@ def _layout(shape: ModelShape) -> dict[str, list[tuple[str, int]]]:
     for i in range(shape.num_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        parts[f"{ours}.attention.qkv"] = [
-            (f"{attention}.{n}_proj", rows) for n, rows in (("q", q), ("k", kv), ("v", kv))
-        ]
+        parts[f"{ours}.attention.qkv"] = [(f"{attention}.{n}_proj", {"q": q}.get(n, kv)) for n in "qkv"]
         parts[f"{ours}.attention.out"] = [(f"{attention}.o_proj", D)]
         parts[f"{ours}.mlp.gate_up"] = [(f"{mlp}.gate_proj", F), (f"{mlp}.up_proj", F)]
         parts[f"{ours}.mlp.down"] = [(f"{mlp}.down_proj", D)]
@@ -220,9 +220,8 @@ def _write_weights(tensors: Mapping[str, Tensor], shape: ModelShape, folder: Pat
             if files[-1] and size + part.nbytes > SHARD_BYTES:
                 files, size = [*files, {}], 0
             files[-1][name], size = part.clone(), size + part.nbytes  # parts of one storage are refused by safetensors
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = ["model.safetensors"]
+    of = f"-of-{len(files):05d}" if len(files) > 1 else ""
+    names = [f"model{of and f'-{i:05d}{of}'}.safetensors" for i in range(1, len(files) + 1)]
     for name, content in zip(names, files, strict=True):
         save_file(content, folder / name, {"format": "pt"})  # transformers refuses a file that does not say so
         sync(folder / name)
@@ -234,14 +233,14 @@ def _write_weights(tensors: Mapping[str, Tensor], shape: ModelShape, folder: Pat
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
     state: dict[str, Tensor] = {}
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder}: no weight file {name!r} in it; only safetensors are read, never pickles")
+            what = f"{folder}: no weight file {name!r} in it; only safetensors are read, never pickles"
+            raise ValueError(f"{what}: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT) converts them")
         state |= load_file(folder / name)
     return {n: t for n, t in state.items() if not n.endswith("rotary_emb.inv_freq")}  # a buffer of old releases
 
