@@ -159,7 +159,7 @@ def held_out(run_dir: Path, step: int) -> list[tuple[str, ...]]:
     """Losses of the run's own evaluation at that step, by domain; empty where there was none."""
     found = [row for row in read_jsonl(run_dir / "evals.jsonl") if row["step"] == step][-1:]
     names = [key.split("/")[1] for row in found for key in row if key.startswith("valid/") and key.endswith("/loss")]
-    rows = []
+    rows = list[tuple[str, ...]]()
     for name in names:
         loss, bpb = found[0][f"valid/{name}/loss"], found[0].get(f"valid/{name}/bpb")
         rows.append((name, f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{bpb:.4f}" if bpb is not None else ""))
@@ -168,7 +168,7 @@ def held_out(run_dir: Path, step: int) -> list[tuple[str, ...]]:
 
 def harness(files: Iterable[Path]) -> list[tuple[str, ...]]:
     """Scores in result files of lm-evaluation-harness, one row a task, number of shots and metric."""
-    rows = set()
+    rows = set[tuple[str, ...]]()
     for path in files:
         found = read_json(path)
         if not isinstance(found.get("results"), dict):

@@ -30,8 +30,8 @@ def commit() -> str | None:
 def record_start(run_dir: Path, mesh: Mesh) -> None:
     """Appends what this start runs with; a start like the last one adds nothing."""
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
-    start = {"version": __version__, "commit": commit(), "torch": torch.__version__, "device": device}
-    start |= {"ranks": mesh.size}
+    code: dict[str, object] = {"version": __version__, "commit": commit(), "torch": torch.__version__}
+    start = code | {"ranks": mesh.size, "device": device}
     path = run_dir / "starts.jsonl"
     last = (read_jsonl(path) or [{}])[-1]
     if start == {key: last.get(key) for key in start}:

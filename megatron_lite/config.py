@@ -35,7 +35,7 @@ class RopeScaling:
 class ModelConfig:
     """A Llama-shaped GPT: a preset by name, and any size of it overridden."""
 
-    preset: str = "tinyllama_1M"  # a name in shape.PRESETS: tinyllama_1M, tinyllama_60M, doremi_120M, ...
+    preset: str = "tinyllama_1M"  # a name in shape.PRESETS, or init_from: as its weights (launch/pretrain.py alone)
     num_layers: int | None = None  # transformer blocks; null: the preset's
     hidden_size: int | None = None  # width of the residual stream; null: the preset's
     num_heads: int | None = None  # query heads; null: the preset's
