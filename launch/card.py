@@ -36,6 +36,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids)[0]))
 ```"""
+NO_TOKENIZER = """`AutoModelForCausalLM.from_pretrained("{name}")`; the tokenizer is not part of this folder."""
 LIMITS = """This is a base model: it continues text, it was not trained to follow instructions, and nothing was done to
 keep what it writes true, harmless or free of the biases of its training text. {seen}It was trained on sequences of
 at most {length:,} tokens. {eod}"""
@@ -47,14 +48,16 @@ class CardOptions:
 
     name: str  # title, and the repository in the example; "" : the run's name
     license: str | None = None  # the Hub's identifier, such as mit
+    tokenizer: bool = True  # the folder has it
     datasets: tuple[str, ...] = ()  # data sets on the Hub that the shards were made from
     evaluation: tuple[Path, ...] = ()  # results of lm-evaluation-harness, or of launch/evaluate.py
 
 
 def write_card(weights: Weights, dtype: str, options: CardOptions) -> str:
     """README.md of an export. Weights that no checkpoint of ours holds get a card of their shape alone."""
-    known = (weights.source / "state.json").is_file()
-    state, run_dir = (load_state(weights.source) if known else {}), weights.source.parent
+    state = load_state(weights.source) if (weights.source / "state.json").is_file() else {}
+    known, run_dir = "config" in state, weights.source.parent  # one that was imported has none
+    state = state if known else {}
     name = options.name or (state["config"]["name"] if known else weights.source.name)
     parts = [front_matter(options), f"# {name}", summary(weights.shape, state)]
     if known:
@@ -64,7 +67,7 @@ def write_card(weights: Weights, dtype: str, options: CardOptions) -> str:
             parts += ["## Held-out loss", head, table(("domain", "nats/token", "perplexity", "bits/byte"), rows)]
     if rows := harness(options.evaluation):
         parts += ["## Evaluation", "By lm-evaluation-harness.\n\n" + table(("task", "shots", "metric", "value"), rows)]
-    parts += ["## How to load", LOAD.format(name=name)]
+    parts += ["## How to load", LOAD.format(name=name) if options.tokenizer else NO_TOKENIZER.format(name=name)]
     parts += ["## Provenance", "\n".join(f"- {line}" for line in provenance(weights, state, run_dir, dtype))]
     parts += ["## Limits", limits(weights, state)]
     return "\n\n".join(parts) + "\n"
@@ -193,11 +196,21 @@ def provenance(weights: Weights, state: Mapping[str, Any], run_dir: Path, dtype:
         yield f"started {start['date']}: {code}, torch {start['torch']}, {start['ranks']} x {start['device']}"
     if weights.tokenizer.get("tokenizer_sha256"):
         yield f"tokenizer: sha256 {weights.tokenizer['tokenizer_sha256']}, {weights.tokenizer['vocab_size']:,} ids"
+    if found := search_of(run_dir) if state else "":
+        yield f"mixture: {found}"
     for change in state.get("allowed", []):
         yield f"changed at step {change['step']:,}: {change['key']}: {change['change']}"
     for name, facts in state["data"]["domains"].items() if state else ():
         digest = hashlib.sha256(json.dumps(facts["shards"], sort_keys=True).encode()).hexdigest()[:16]
         yield f"train_{name}: {facts['tokens']:,} tokens, shards {len(facts['shards'])}, fingerprint {digest}"
+
+
+def search_of(run_dir: Path) -> str:
+    """What the run's mixture.yaml says of how its weights were found; empty where it says nothing."""
+    path = run_dir / "mixture.yaml"
+    told = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}).get("provenance") or {}
+    plain = {key: value for key, value in told.items() if isinstance(value, str | int | float) and key != "fit"}
+    return ", ".join(f"{key} {value}" for key, value in plain.items() if "/" not in str(value))
 
 
 def limits(weights: Weights, state: Mapping[str, Any]) -> str:

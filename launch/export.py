@@ -73,7 +73,7 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     weights = read_weights(args.checkpoint)
     tokenizer = read_tokenizer(args.tokenizer, weights) if args.tokenizer else None
     facts, verify = weights.tokenizer, not args.no_verify
-    options = CardOptions(args.name, args.license, tuple(args.dataset), tuple(args.evaluation))
+    options = CardOptions(args.name, args.license, bool(tokenizer), tuple(args.dataset), tuple(args.evaluation))
     worst = export_hf(
         weights.tensors,
         weights.shape,

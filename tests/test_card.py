@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def tables(card: str) -> list[list[list[str]]]:
 
 
 def test_the_cards_tables_are_the_runs_data_json(run):
-    card = write_card(read_weights(run), "fp32", CardOptions("org/tiny", "mit", ("org/data",)))
+    card = write_card(read_weights(run), "fp32", CardOptions("org/tiny", "mit", datasets=("org/data",)))
     found = json.loads((run / "data.json").read_text())
     for rows, domains in zip(tables(card), [found["domains"], *(s["domains"] for s in found["stages"])], strict=False):
         assert {row[0] for row in rows} == {name for name, told in domains.items() if told["requested"]}
@@ -83,6 +84,24 @@ def test_the_card_has_the_harness_scores_with_their_errors(run, tmp_path):
     (tmp_path / "wrong.json").write_text("{}")
     with pytest.raises(ValueError, match=r"wrong.json: no results in it"):
         write_card(read_weights(run), "fp32", CardOptions("x", evaluation=(tmp_path / "wrong.json",)))
+
+
+def test_the_card_says_which_search_found_the_mixture_and_no_paths(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    told = {"made_by": "regmix_search", "search": "mine", "proxies": 64, "fit": "abc", "from": "/home/me/x"}
+    path = tmp_path / "run" / "mixture.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"provenance": told}, sort_keys=False))
+    card = write_card(read_weights(tmp_path / "run"), "fp32", CardOptions("x"))
+    assert "- mixture: made_by regmix_search, search mine, proxies 64\n" in card
+
+
+def test_weights_that_were_imported_get_a_card_of_what_is_known(run, tmp_path):
+    assert export([str(run), "--out", str(tmp_path / "llama"), "--no-verify"]) == 0
+    assert "tokenizer is not part of this folder" in (tmp_path / "llama" / "README.md").read_text()
+    assert export(["--from-hf", str(tmp_path / "llama"), "--out", str(tmp_path / "imported")]) == 0
+    assert export([str(tmp_path / "imported"), "--out", str(tmp_path / "again"), "--no-verify"]) == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "# imported" in card and "parameters" in card and "Data mixture" not in card and "nothing but" not in card
 
 
 def test_a_start_is_recorded_once_as_long_as_nothing_changed(run, monkeypatch):
