@@ -50,7 +50,7 @@ class CardOptions:
     license: str | None = None  # the Hub's identifier, such as mit
     tokenizer: bool = True  # the folder has it
     datasets: tuple[str, ...] = ()  # data sets on the Hub that the shards were made from
-    evaluation: tuple[Path, ...] = ()  # results of lm-evaluation-harness, or of launch/evaluate.py
+    evaluation: tuple[Path, ...] = ()  # evaluation.json of launch/evaluate.py, or the harness's own results
 
 
 def write_card(weights: Weights, dtype: str, options: CardOptions) -> str:
@@ -65,8 +65,9 @@ def write_card(weights: Weights, dtype: str, options: CardOptions) -> str:
         if rows := held_out(run_dir, state["step"]):
             head = f"At step {state['step']:,}, on the run's fixed validation shards."
             parts += ["## Held-out loss", head, table(("domain", "nats/token", "perplexity", "bits/byte"), rows)]
-    if rows := harness(options.evaluation):
-        parts += ["## Evaluation", "By lm-evaluation-harness.\n\n" + table(("task", "shots", "metric", "value"), rows)]
+    if rows := benchmarks(options, weights.source):
+        text = "By lm-evaluation-harness; each is the mean over its numbers of shots, +- the standard error over items."
+        parts += ["## Evaluation", text, table(("task", "shots", "metric", "score"), rows)]
     parts += ["## How to load", LOAD.format(name=name) if options.tokenizer else NO_TOKENIZER.format(name=name)]
     parts += ["## Provenance", "\n".join(f"- {line}" for line in provenance(weights, state, run_dir, dtype))]
     parts += ["## Limits", limits(weights, state)]
@@ -169,23 +170,52 @@ def held_out(run_dir: Path, step: int) -> list[tuple[str, ...]]:
     return rows
 
 
-def harness(files: Iterable[Path]) -> list[tuple[str, ...]]:
-    """Scores in result files of lm-evaluation-harness, one row a task, number of shots and metric."""
-    rows = set[tuple[str, ...]]()
-    for path in files:
-        found = read_json(path)
-        if not isinstance(found.get("results"), dict):
-            raise ValueError(f"{path}: no results in it; give the JSON that lm-evaluation-harness writes")
-        for task, scores in found["results"].items():
-            shots = found.get("n-shot", {}).get(task, "")
-            for key, value in scores.items():
-                metric, _, how = key.partition(",")
-                if not isinstance(value, int | float) or metric.endswith("_stderr") or not how:
-                    continue  # aliases, sample counts
-                error = scores.get(f"{metric}_stderr,{how}")
-                spread = f" +- {error:.4f}" if isinstance(error, float) else ""
-                rows.add((task, str(shots), metric, f"{value:.4f}{spread}"))
-    return sorted(rows)
+def benchmarks(options: CardOptions, source: Path) -> list[tuple[str, ...]]:
+    """Rows of scores: those that were named, else those that launch/evaluate.py left in the run's own folder."""
+    ours = source.parent / "evaluation" / "evaluation.json"
+    files = options.evaluation or ((ours,) if ours.is_file() else ())
+    return [row for path in files for row in scores(path, source, path in options.evaluation)]
+
+
+def scores(path: Path, source: Path, asked: bool) -> list[tuple[str, ...]]:
+    """A result file of launch/evaluate.py or of lm-evaluation-harness, one row a task, number of shots and metric.
+
+    ValueError for a file of something else; of other models, if it was asked for.
+    """
+    found = read_json(path)
+    if isinstance(found.get("results"), dict):
+        return harness(found)
+    if not isinstance(found.get("tasks"), dict):
+        raise ValueError(f"{path}: no scores in it; give evaluation.json of launch/evaluate.py, or the harness's own")
+    seeds = [(name, i, Path(p)) for name, paths in found["models"].items() for i, p in enumerate(paths)]
+    mine = [(name, i) for name, i, p in seeds if p.resolve() == source.resolve()]
+    if asked and not mine and len(seeds) == 1:  # the same weights in a folder of Hugging Face's
+        mine = [seeds[0][:2]]
+    if asked and not mine:
+        raise ValueError(f"{path}: scores of {', '.join(str(p) for _, _, p in seeds)}, not of {source}")
+    setting, rows = found["setting"], list[tuple[str, ...]]()
+    shots = ", ".join(map(str, setting["shots"])) + (f" (first {setting['limit']} items)" if setting["limit"] else "")
+    for task, told in found["tasks"].items() if mine else ():
+        cell = told["scores"][mine[0][0]]
+        rows.append((task, shots, told["metric"], with_error(cell["values"][mine[0][1]], cell["stderr"])))
+    return rows
+
+
+def harness(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What lm-evaluation-harness itself writes."""
+    rows = list[tuple[str, ...]]()
+    for task, told in found["results"].items():
+        shots = found.get("n-shot", {}).get(task, "")
+        for key, value in told.items():
+            metric, comma, how = key.partition(",")
+            if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):  # not an alias or a count
+                rows.append((task, str(shots), metric, with_error(value, told.get(f"{metric}_stderr,{how}"))))
+    return rows
+
+
+def with_error(value: float, error: object) -> str:
+    """A score, and its standard error where there is one."""
+    return f"{value:.4f}" + (f" +- {error:.4f}" if isinstance(error, float) else "")
 
 
 def provenance(weights: Weights, state: Mapping[str, Any], run_dir: Path, dtype: str) -> Iterable[str]:

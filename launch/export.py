@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         type=Path,
         metavar="FILE",
-        help="for the card: results.json of lm-evaluation-harness; repeatable",
+        help="for the card: evaluation.json of launch/evaluate.py (default: RUN/evaluation/), or the harness's results",
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits with transformers")
     return parser

@@ -82,8 +82,28 @@ def test_the_card_has_the_harness_scores_with_their_errors(run, tmp_path):
     card = write_card(read_weights(run), "fp32", CardOptions("x", evaluation=(tmp_path / "r.json",)))
     assert tables(card)[-1] == [["piqa", "3", "acc", "0.6123 +- 0.0114"], ["piqa", "3", "acc_norm", "0.5000"]]
     (tmp_path / "wrong.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"wrong.json: no results in it"):
+    with pytest.raises(ValueError, match=r"wrong.json: no scores in it"):
         write_card(read_weights(run), "fp32", CardOptions("x", evaluation=(tmp_path / "wrong.json",)))
+
+
+def test_the_card_has_the_seed_of_evaluation_json_that_it_is_of(run, tmp_path):
+    found = {"models": {"a": ["x/step_0000001", str(run / "step_0000010")], "b": ["y", "z"]}}
+    found["setting"] = {"shots": [0, 5], "limit": None}
+    cells = {"a": {"values": [0.25, 0.5], "stderr": 0.01}, "b": {"values": [0.1, 0.2], "stderr": None}}
+    found["tasks"] = {"piqa": {"metric": "acc_norm", "scores": cells}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    options = CardOptions("x", evaluation=(tmp_path / "evaluation.json",))
+    assert tables(write_card(read_weights(run), "fp32", options))[-1] == [
+        ["piqa", "0, 5", "acc_norm", "0.5000 +- 0.0100"]
+    ]
+    with pytest.raises(ValueError, match=r"not of .*step_0000005"):
+        write_card(read_weights(run / "step_0000005"), "fp32", options)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluation").mkdir()
+    found["models"]["a"][1] = str(tmp_path / "run" / "step_0000010")
+    (tmp_path / "run" / "evaluation" / "evaluation.json").write_text(json.dumps(found))
+    assert "piqa" in write_card(read_weights(tmp_path / "run"), "fp32", CardOptions("x"))
+    assert "piqa" not in write_card(read_weights(tmp_path / "run" / "step_0000005"), "fp32", CardOptions("x"))
 
 
 def test_the_card_says_which_search_found_the_mixture_and_no_paths(run, tmp_path):

@@ -106,7 +106,8 @@ def test_one_config_goes_on_from_a_llama_folder_a_run_and_an_export(shards, tmp_
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["eos_token_id"]) == (64, 0), "padding rows and the wrong eos are gone"
     assert "from the weights of llama" in (tmp_path / "out" / "README.md").read_text()
-    assert go_on(shards, tmp_path / "out", tmp_path / "third") == 0, "an export knows the tokenizer without its files"
+    assert go_on(shards, tmp_path / "out", tmp_path / "third") == 0
+    assert initial.tokenizer_of(tmp_path / "out") == hashlib.sha256(TOKENIZER).hexdigest(), "without its files"
 
 
 @pytest.mark.slow
