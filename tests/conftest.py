@@ -30,6 +30,17 @@ def shared_dir() -> Path:
     return Path(folder)
 
 
+def wants_gpus(marks: str) -> bool:
+    """Whether a pytest -m asks for the tests that need a GPU."""
+    return "gpu" in marks.replace("not gpu", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All other tests are for the CPU, and would compare bf16 with fp32, or miss a second GPU, where there is one."""
+    if torch.version.cuda and not wants_gpus(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, with the reason, where there is none."""
     if not torch.cuda.is_available():
