@@ -204,8 +204,8 @@ def test_fused_adamw_is_the_plain_one(device):
         torch.manual_seed(0)
         module = torch.nn.Linear(70, 50).to(device)
         groups = param_groups(module, config.weight_decay)
-        plain = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
-        optimizer = build_optimizer(groups, config) if fused else plain
+        plain = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "foreach": False}
+        optimizer = build_optimizer(groups, config) if fused else torch.optim.AdamW(groups, **plain)
         for step in range(20):
             for param in module.parameters():
                 generator = torch.Generator().manual_seed(step)
