@@ -16,9 +16,9 @@ STAMP := .venv/installed
 SOURCES := setup.py constraints.txt $(wildcard megatron_lite/data/csrc/*)
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt
 
-.PHONY: help install demo test test-slow check bench clean
+.PHONY: help install demo test test-slow test-gpu check bench clean
 help:
-	@echo "make demo | test | test-slow | check | bench | install | clean      (see the top of the Makefile)"
+	@echo "make demo | test | test-slow | test-gpu | check | bench | install | clean      (see the top of the Makefile)"
 
 install: $(STAMP)
 
@@ -54,6 +54,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def cost_row(name: str, runs: int, plan: Plan) -> str:
 
 def tables() -> list[str]:
     """Every row that the document must have, as it must have it."""
-    rows = [checkpoint_row(*facts) for facts in (("RegMix's 1B", ONE_B.params, 32), ("RegMix's 1B", ONE_B.params, 1024))]
+    rows = [checkpoint_row("RegMix's 1B", ONE_B.params, gpus) for gpus in (32, 1024)]
     rows += [checkpoint_row("DoReMi's 8B", EIGHT_B.params, 1024)]
     rows += [split_row(gpus) for gpus in (8, 32, 128, 512)]
     return [*rows, cost_row("the 1B run", 1, ONE_B), cost_row("4 mixtures x 5 seeds of it", 20, ONE_B)]
