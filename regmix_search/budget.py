@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 
 from megatron_lite.config import Config
 from megatron_lite.plan import Plan, duration
@@ -154,16 +155,24 @@ def _way_out(config: Config, plan: Plan, inventory: Inventory, scored: list[str]
 
 
 def _main_lines(search: Search, inventory: Inventory | None) -> list[str]:
+    config, vocab_size = search.config, vocabulary(search, inventory)
+    plan, proxy = resolve(config.train.main, vocab_size), resolve(config.proxy, vocab_size)
+    lines = model_lines(search, inventory, config.train.mixtures)
+    size = f"{plan.non_embedding_params / proxy.non_embedding_params:.1f} times a proxy's size"
+    return [f"{lines[0]}, {size}", *lines[1:]]
+
+
+def model_lines(search: Search, inventory: Inventory | None, names: Sequence[str], done: int = 0) -> list[str]:
+    """The plan of train.main on these mixtures, train.seeds times: how many, what one is, what all cost."""
     config, vocab_size, threads = search.config.train, vocabulary(search, inventory), main_threads(search)
-    plan, proxy = resolve(config.main, vocab_size), resolve(search.config.proxy, vocab_size)
-    number = len(config.mixtures) * config.seeds
+    plan, number = resolve(config.main, vocab_size), len(names) * config.seeds
     rate, source = _measure(config.main, plan, threads)
     each = run_seconds(config.main, plan, inventory, list(inventory.valid) if inventory else [], rate)
-    ratio = plan.non_embedding_params / proxy.non_embedding_params
+    packing = (search.workers(config.workers, threads), threads)
     return [
-        f"models: {number} = {', '.join(config.mixtures)} x {config.seeds} seeds, {ratio:.1f} times a proxy's size",
+        f"models: {number} = {', '.join(names)} x {config.seeds} seeds",
         plan.table(),
-        _sum_line(number, 0, plan, (search.workers(config.workers, threads), threads), each, source),
+        _sum_line(number, done, plan, packing, each, source),
     ]
 
 

@@ -45,7 +45,8 @@ class ProxyTraining:
         from regmix_search.curves import Watch, may_stop, read_curve
 
         run_dir = Path(self.runs_dir) / trial.name
-        shutil.rmtree(run_dir, ignore_errors=True)  # what a killed try left is of no use: proxies restart
+        if not self.config.checkpoint.every:  # what a killed try left is of no use: it starts again
+            shutil.rmtree(run_dir, ignore_errors=True)
         config = dataclasses.replace(self.config, name=trial.name, out_dir=str(run_dir), seed=trial.seed)
         rule = Path(self.runs_dir).parent / "stopping.json" if self.stops and may_stop(trial) else None
         with Watch(run_dir, rule) as watch:

@@ -9,10 +9,12 @@
     python -m regmix_search.run --stage optimize --mixtures M.csv --losses L.csv --target mean --out DIR
     python -m regmix_search.run --stage scales --scale 1M=1.3e6,1e9,M1.csv,L1.csv --scale 60M=59e6,1e9,M2.csv,L2.csv \
         --target-scale 1.1e9,26e9 --target pile_cc --out DIR
+    python -m regmix_search.run --stage compare --mixtures human.yaml regmix.yaml --set shards.data_dir=shards --out DIR
 
 Every stage may be interrupted and run again: what is finished is never repeated, and a stage whose inputs have not
-changed does nothing. The last three forms need no training and no shards: they work from RegMix's two CSV files,
-Olmix's ratios.csv and metrics.csv, or another search's trials.jsonl.
+changed does nothing. `fit`, `optimize` and `scales` need no training and no shards: they work from RegMix's two CSV
+files, Olmix's ratios.csv and metrics.csv, or another search's trials.jsonl. `compare` needs shards and no search: it
+trains train.main on every mixture with train.seeds seeds, and reports differences to the first with intervals.
 
 Exit codes: 0 done, 2 a mistake in settings or data, 130 interrupted (the same command goes on from there).
 """
@@ -32,7 +34,7 @@ from typing import Any
 from megatron_lite.config import dump
 from megatron_lite.files import atomic_write, folder_lock
 from megatron_lite.plan import duration
-from regmix_search import retrain, sources, stages
+from regmix_search import compare, retrain, sources, stages
 from regmix_search.calibration import read_proxy
 from regmix_search.config import SearchConfig, load_search
 from regmix_search.freshness import Outcome, Stage, bring_up_to_date, read_json
@@ -46,11 +48,7 @@ TABLES = (
     ("--test-losses", "CSV", "their losses"),
     ("--earlier-mixtures", "CSV", "fitted too: runs from before there were some domains, which had weight 0 then"),
     ("--earlier-losses", "CSV", "their losses"),
-    (
-        "--space",
-        "FILE",
-        "a search's space.json, {tokens: {domain: n}, target_tokens: n}, or a mixture.yaml: the prior",
-    ),
+    ("--space", "FILE", "a search's space.json, {tokens: {domain: n}, target_tokens: n}, or a mixture.yaml: the prior"),
 )
 ORDER = ("corpus", "tokenizer", "shards", "mixtures", "proxies", "fit", "optimize", "scales", "train", "report")
 DOREMI = ("corpus", "tokenizer", "shards", "doremi", "train", "report")  # method: doremi
@@ -63,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", help="YAML file; every key has a default (--print-config shows them)")
     parser.add_argument("--preset", metavar="NAME", help="NAME.yaml beside the config instead of it, e.g. smoke")
-    stages = ("all", *ORDER, "doremi", "status")
+    stages = ("all", *ORDER, "doremi", "compare", "status")
     parser.add_argument("--stage", choices=stages, default="all", help="one of them (default: all); status only looks")
     parser.add_argument("--join", action="store_true", help="train proxies of a search that runs here or elsewhere")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
@@ -72,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the messages go to stderr")
     tables = parser.add_argument_group("fit and optimize without training")
     for flag, metavar, text in TABLES:
-        tables.add_argument(flag, metavar=metavar, type=Path, help=text)
+        if flag == "--mixtures":
+            text += "; --stage compare: several mixture.yaml, the others against the first"
+        tables.add_argument(flag, metavar=metavar, type=Path, nargs="+" if flag == "--mixtures" else None, help=text)
     tables.add_argument("--limit", metavar="N", type=int, help="fit on N of the runs, drawn by the seed")
     short = parser.add_argument_group("short for a key")
     short.add_argument("--target", metavar="NAME", help="fit.target: a loss, a=0.5,b=0.5, mean or worst (of all)")
@@ -93,7 +93,8 @@ def read_config(args: argparse.Namespace) -> SearchConfig:
     if args.surrogate is not None:
         flags["fit.surrogates"] = [] if args.surrogate == "auto" else [args.surrogate]
     overrides = args.set + [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    return load_search(args.config, args.preset, tuple(overrides))
+    config = load_search(args.config, args.preset, tuple(overrides))
+    return compare.place(config, args.mixtures or [], args.out) if args.stage == "compare" else config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,10 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             from regmix_search import budget, doremi
 
-            print((doremi if config.method == "doremi" else budget).describe(search))
+            plan = (doremi if config.method == "doremi" else budget).describe
+            print(compare.describe(search, args.mixtures) if args.stage == "compare" else plan(search))
             return 0
         if args.join:
-            search.say(stages.join(search))
+            search.say(compare.join(search, args.mixtures) if args.stage == "compare" else stages.join(search))
             return 0
         return _run(search, args)
     except (ValueError, OSError, ImportError) as error:
@@ -152,7 +154,9 @@ def _run(search: Search, args: argparse.Namespace) -> int:
         atomic_write(search.out / "config.yaml", dump(search.config))
         outcomes = run_search(search, builders)
     seconds = time.perf_counter() - start
-    report = search.out / "report.html"
+    if args.stage == "compare" and not outcomes[-1].ran:
+        search.say(compare.read_outcome(search.out))
+    report = search.out / ("compare.html" if args.stage == "compare" else "report.html")
     where = f"report in {report}" if report.is_file() else f"results in {search.out}"
     search.say(f"{search.config.name}: {duration(seconds)}, {where}")
     if args.json:
@@ -179,6 +183,10 @@ def _builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Sta
             raise ValueError("--scale: name a folder for the results with --out DIR")
         return [lambda: _scales(search, args.space)]
     tables = [getattr(args, flag.strip("-").replace("-", "_")) for flag, _, _ in TABLES]
+    if args.stage == "compare":
+        if any(tables[1:]) or args.limit is not None:
+            raise ValueError("--stage compare takes mixture.yaml files after --mixtures, and no other tables")
+        return [lambda: compare.compare(search, args.mixtures)]
     if any(tables) or args.limit is not None:
         return _table_builders(search, args)
     build: dict[str, Callable[[Search], Stage | None]] = {
@@ -220,8 +228,11 @@ def _doremi_report(search: Search) -> Stage:
 
 
 def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[], Stage | None]]:
-    ledger = args.mixtures is not None and args.mixtures.suffix == ".jsonl"
-    if args.stage not in ("fit", "optimize") or not args.mixtures or not (args.losses or ledger):
+    mixtures = args.mixtures[0] if args.mixtures else None
+    if len(args.mixtures or []) > 1 or (mixtures and mixtures.suffix in (".yaml", ".yml")):
+        raise ValueError("--mixtures: one table of runs here; mixture.yaml files go with --stage compare")
+    ledger = mixtures is not None and mixtures.suffix == ".jsonl"
+    if args.stage not in ("fit", "optimize") or mixtures is None or not (args.losses or ledger):
         raise ValueError("--mixtures and --losses go together, with --stage fit or --stage optimize")
     for kind in ("test", "earlier"):
         weights, losses = getattr(args, f"{kind}_mixtures"), getattr(args, f"{kind}_losses")
@@ -235,7 +246,7 @@ def _table_builders(search: Search, args: argparse.Namespace) -> list[Callable[[
     from regmix_search.study_files import StudyFiles
 
     tests, earlier = (args.test_mixtures, args.test_losses), (args.earlier_mixtures, args.earlier_losses)
-    files = StudyFiles(args.mixtures, args.losses, *tests, args.limit, args.space, *earlier)
+    files = StudyFiles(mixtures, args.losses, *tests, args.limit, args.space, *earlier)
     fit = [lambda: study.fit_stage(search.config, files)]
     if args.stage == "fit":
         return [*fit]
@@ -250,6 +261,8 @@ def _summary(search: Search, args: argparse.Namespace, outcomes: list[Outcome], 
         for name in ("mixture.yaml", "doremi.json", "optimum.json", "fit.json", "report.html")
     }
     files = {name: path for name, path in made.items() if Path(path).is_file()}
+    if args.stage == "compare":
+        return {**read_json(search.out / "compare.json"), "stage_seconds": seconds, "stages": done}
     if args.mixtures:
         scores = read_json(search.out / "fit.json")["summary"]
         if args.stage == "fit":

@@ -44,6 +44,7 @@ def read_status(out: Path) -> dict[str, Any]:
         "name": config.name,
         "method": config.method,
         "out_dir": str(out),
+        "trained": _folder(out),
         "stages": _stages(out / "stages"),
         "trials": {"planned": counts.total, **asdict(counts)},
         "ended_early": sum("stopped" in event for event in state.finished.values()),
@@ -82,7 +83,7 @@ def _proxy_lines(status: Mapping[str, Any]) -> list[str]:
     """Counts, pace, what runs and what failed."""
     trials = {key: value for key, value in status["trials"].items() if key != "planned"}
     early = f", {status['ended_early']} ended early" if status["ended_early"] else ""
-    lines = [f"proxies: {describe_counts(Counts(**trials))}{early}"]
+    lines = [f"{status['trained']}: {describe_counts(Counts(**trials))}{early}"]
     if status["tokens_per_s"] is not None:
         left = status["seconds_left"]
         lines.append(f"  {status['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {describe_left(left)}"))
@@ -104,12 +105,17 @@ def _running(out: Path, events: Sequence[Event], state: Replay, alive: set[str])
     began = {event["trial"]: event["time"] for event in events if event["event"] == "claim"}
     found = []
     for trial in sorted(trial for trial, driver in state.claims.items() if driver in alive):
-        folder = out / "proxies" / f"t{trial:04d}"
+        folder = out / _folder(out) / f"t{trial:04d}"
         last: Event = next(reversed(read_jsonl(folder / "metrics.jsonl")), {})
         step = {"step": last.get("step"), "loss": last.get("train/loss")}
         steps = read_record(folder / "plan.json").get("total_steps")
         found.append({"trial": trial, "seconds": time.time() - began[trial], **step, "steps": steps})
     return found
+
+
+def _folder(out: Path) -> str:
+    """Where the trials' runs are, which says what they are: a comparison's are no proxies."""
+    return "models" if (out / "models").is_dir() else "proxies"
 
 
 def _pace(events: Sequence[Event], counts: Counts, alive: set[str]) -> dict[str, float | None]:

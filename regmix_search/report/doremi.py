@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from megatron_lite.files import atomic_write, atomic_write_json
 from megatron_lite.plan import duration
 from regmix_search.freshness import Stage, digest, read_json
 from regmix_search.report.figures import Curve, draw_curves
+from regmix_search.report.page import Rows, Section, write_html, write_markdown
 from regmix_search.search import Search
 
 CONTROLS = ("optimal", "prior", "uniform")
-Rows = list[list[str]]
 
 
 def report(search: Search) -> Stage:
@@ -37,15 +36,16 @@ def write_report(out: Path) -> str:
     runs = read_json(out / "train.json")["runs"] if (out / "train.json").is_file() else []
     scores = summarise(runs, list(found["mixture"]))
     words = verdict(scores)
-    sections = [
+    sections: list[Section] = [
         ("Models trained on the answer and its controls", [_scores(scores)], []),
         ("Weights", [_weights(found)], []),
         *((f"Round {i}", [_costs(one)], [_figure(one, key) for key in ("average", "weight")])
           for i, one in enumerate(found["rounds"], 1)),
     ]  # fmt: skip
     warnings = [text for one in found["rounds"] for text in one["warnings"]]
-    atomic_write(out / "report.html", _html(out.name, words, warnings, sections, len(found["mixture"])))
-    atomic_write(out / "report.md", _markdown(out.name, words, warnings, sections))
+    page = (f"DoReMi: {out.name}", f"{words}.", [f"Warning: {text}" for text in warnings], sections)
+    atomic_write(out / "report.html", write_html(*page, len(found["mixture"])))
+    atomic_write(out / "report.md", write_markdown(*page))
     facts = {"verdict": words, "scores": scores, "mixture": found["mixture"], "warnings": warnings}
     atomic_write_json(out / "report.json", {**facts, "rounds": found["rounds"]})
     return words
@@ -116,34 +116,3 @@ def _figure(one: dict[str, Any], key: str) -> str:
         for i, name in enumerate(one["weights"])
     ]
     return f"<figure>{draw_curves(lines, titles[key], 0.0)}<figcaption>{titles[key].capitalize()}</figcaption></figure>"
-
-
-def _html(name: str, words: str, warnings: list[str], sections: list[Any], count: int) -> str:
-    colours = [f"hsl({round(360 * i / count)} 60% 45%)" for i in range(count)]
-    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    css += "".join(f"svg .s-d{i} {{ stroke: {c}; }} svg .f-d{i} {{ fill: {c}; }}\n" for i, c in enumerate(colours))
-    head = f'<meta charset="utf-8"><title>DoReMi {html.escape(name)}</title><style>{css}</style>'
-    parts = [f"<h1>DoReMi: {html.escape(name)}</h1><p>{html.escape(words)}.</p>"]
-    parts += [f'<p class="note">{html.escape(text)}</p>' for text in warnings]
-    for title, tables, figures in sections:
-        parts += [f"<h2>{title}</h2>", *(_table(rows) for rows in tables), *figures]
-    return f"<!doctype html><html lang=en><head>{head}</head><body><main>{''.join(parts)}</main></body></html>\n"
-
-
-def _table(rows: Rows) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        cells = "".join(f"<{tag}{' class=l' * (j == 0)}>{html.escape(c)}</{tag}>" for j, c in enumerate(row))
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _markdown(name: str, words: str, warnings: list[str], sections: list[Any]) -> str:
-    parts = [f"# DoReMi: {name}", f"{words}.", *(f"Warning: {text}" for text in warnings)]
-    for title, tables, _ in sections:
-        parts.append(f"## {title}")
-        for head, *rows in tables:
-            lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts) + "\n"

@@ -17,6 +17,13 @@ LABEL_GAP = 14  # between the base lines of two names at the ends of curves
 MAX_POINTS = 240
 GOLDEN = 0.6180339887498949  # jitter of strip plots: i * GOLDEN mod 1 spreads neighbours and is the same every time
 
+GAINS = (
+    "Gain of the optimal mixture over each control, with intervals",
+    "gain in nats per token (control loss minus optimal loss)",
+    "control better",  # left of zero
+    "optimal better",  # right of it
+)
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -27,28 +34,29 @@ class Curve:
     seeds: Sequence[Sequence[Point]]
 
 
-def draw_gains(comparisons: Sequence[Comparison]) -> str:
-    """Gain of optimal over each control, with its own interval (thick) and the joint one (thin)."""
+def draw_gains(comparisons: Sequence[Comparison], words: tuple[str, str, str, str] = GAINS) -> str:
+    """Gain of optimal over each control, with its own interval (thick) and the joint one (thin); words: as GAINS."""
     top, bottom = 26, 26 + 46 * len(comparisons)
-    canvas = Canvas(bottom + 40, "Gain of the optimal mixture over each control, with intervals")
+    title, axis, left, right = words
+    canvas = Canvas(bottom + 40, title)
     values = [0.0, *(c.gain for c in comparisons), *(edge for c in comparisons for edge in c.joint or ())]
     pad = 0.06 * (max(values) - min(values) or 1.0)
     x = Scale(min(values) - pad, max(values) + pad, 12, WIDTH - 12)
-    canvas.axis_x(x, nice_ticks(x.lo, x.hi, 6), top, bottom, "gain in nats per token (control loss minus optimal loss)")
+    canvas.axis_x(x, nice_ticks(x.lo, x.hi, 6), top, bottom, axis)
     canvas.line(x(0), top - 4, x(0), bottom, "zero")
     if x(0) > 100:
-        canvas.text(x(0) - 6, top - 8, "control better", "tick", "end")
+        canvas.text(x(0) - 6, top - 8, left, "tick", "end")
     if x(0) < WIDTH - 100:
-        canvas.text(x(0) + 6, top - 8, "optimal better", "tick")
+        canvas.text(x(0) + 6, top - 8, right, "tick")
     for row, c in enumerate(comparisons):
         y = top + 46 * row + 32
-        words = f"{c.label}: {c.gain:+.3f}".replace("-", "\u2212")
+        said = f"{c.label}: {c.gain:+.3f}".replace("-", "\u2212")
         anchor = "start" if x(c.gain) < WIDTH / 2 else "end"
-        canvas.text(min(max(x(c.gain), 12), WIDTH - 12), y - 11, words, "strong", anchor)
+        canvas.text(min(max(x(c.gain), 12), WIDTH - 12), y - 11, said, "strong", anchor)
         if c.joint and c.interval:
             canvas.line(x(c.joint[0]), y, x(c.joint[1]), y, f"s-{c.control} thin", "joint interval")
             canvas.line(x(c.interval[0]), y, x(c.interval[1]), y, f"s-{c.control} thick", "95% interval on its own")
-        canvas.circle(x(c.gain), y, 5, f"f-{c.control} rim", words)
+        canvas.circle(x(c.gain), y, 5, f"f-{c.control} rim", said)
     return canvas.render()
 
 

@@ -17,7 +17,9 @@ LOW_SIGNAL = 3.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """Optimal against one control. `gain` = control loss - optimal loss: positive means that optimal is better.
+    """Optimal, or whatever `compare` takes as first, against one control.
+
+    `gain` = control loss - optimal loss: positive means that optimal is better.
 
     `interval` holds for this comparison alone, `joint` for all of the family together (Bonferroni). Both are None
     when no seed was repeated. `outcome`: "better", "worse", "unclear" (by `joint`), or "unknown" (no interval).
@@ -58,28 +60,32 @@ def pooled_sd(groups: Mapping[str, Sequence[float]]) -> tuple[float, int]:
     return math.sqrt(squares / df), df
 
 
-def compare(groups: Mapping[str, Sequence[float]], labels: Mapping[str, str]) -> list[Comparison]:
-    """Compare the group "optimal" with every other non-empty group, with one pooled seed sd for all.
+def compare(
+    groups: Mapping[str, Sequence[float]], labels: Mapping[str, str], first: str = OPTIMAL, sets: int = 1
+) -> list[Comparison]:
+    """Compare the group ``first`` with every other non-empty group, with one pooled seed sd for all.
 
     The seeds are taken as unpaired, which is conservative where runs of one seed share their start. No interval is
     given when no mixture has two seeds, or when the seeds came out identical (then they measured nothing).
+    ``sets``: how many such families of comparisons, one for each set of losses, `joint` is to hold for at once.
     """
     groups = {name: values for name, values in groups.items() if len(values)}
-    if OPTIMAL not in groups:
+    if first not in groups:
         return []
     sd, df = pooled_sd(groups)
-    controls = [name for name in groups if name != OPTIMAL]
-    optimal = float(np.mean(groups[OPTIMAL]))
+    controls = [name for name in groups if name != first]
+    family = len(controls) * sets
+    optimal = float(np.mean(groups[first]))
     rows = []
     for name in controls:
         control = float(np.mean(groups[name]))
         gain = control - optimal
         interval = joint = p_value = None
         if df > 0 and sd > 0:
-            error = sd * math.sqrt(1 / len(groups[OPTIMAL]) + 1 / len(groups[name]))
+            error = sd * math.sqrt(1 / len(groups[first]) + 1 / len(groups[name]))
             interval = _interval(gain, error, df, 1 - CONFIDENCE)
-            joint = _interval(gain, error, df, (1 - CONFIDENCE) / len(controls))
-            p_value = min(1.0, len(controls) * 2 * float(stats.t.sf(abs(gain) / error, df)))
+            joint = _interval(gain, error, df, (1 - CONFIDENCE) / family)
+            p_value = min(1.0, family * 2 * float(stats.t.sf(abs(gain) / error, df)))
         rows.append(
             Comparison(name, labels.get(name, name), optimal, control, gain, interval, joint, p_value, _outcome(joint))
         )

@@ -1,0 +1,251 @@
+"""Mixtures compared: intervals against textbook and simulation, mistakes before any training, kill, resume, growth."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from megatron_lite.config import to_dict
+from megatron_lite.files import read_jsonl
+from megatron_lite.testing import tiny_config, write_tiny_shards
+from regmix_search import run as cli
+from regmix_search.compare import Entry, name_files, place, plan_trials
+from regmix_search.config import load_search
+from regmix_search.ledger import Trial
+from regmix_search.proxies import ProxyTraining
+from regmix_search.report.compare import describe_outcome, differences, verdict, write_page
+from regmix_search.search import Search
+
+ROOT = Path(__file__).resolve().parents[2]
+MIXTURES = {"human": {"a": 1, "b": 1, "c": 1}, "skewed": {"a": 8, "b": 1, "c": 1}, "same": {"a": 1, "b": 1, "c": 1}}
+
+
+def described(losses: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
+    """Mixtures as compare.json has them, from [seed, set] losses of each."""
+    found = []
+    for name, table in losses.items():
+        runs = [{"seed": i, "losses": dict(zip("abcdef", row, strict=False))} for i, row in enumerate(table.tolist())]
+        for run in runs:
+            mean = sum(run["losses"].values()) / len(run["losses"])
+            run |= {"average": mean, "average_bpb": mean / 2, "bpb": {k: v / 2 for k, v in run["losses"].items()}}
+            run |= {"tokens": 1000, "flops": 2e9, "seconds": 3.0, "curve": [], "run_dir": "models/t0000"}
+        weights = {"a": 0.75, "b": 0.25}
+        found.append({"name": name, "path": f"{name}.yaml", "weights": weights, "epochs": {"a": 1.5}, "runs": runs})
+    return found
+
+
+def content_of(mixtures: list[dict[str, Any]], warnings: list[str]) -> dict[str, Any]:
+    """What summarise makes of them."""
+    content = {"first": mixtures[0]["name"], "mixtures": mixtures, "differences": differences(mixtures)}
+    content |= {"sets": list(mixtures[0]["runs"][0]["losses"]), "failed": {}, "warnings": warnings}
+    content |= {"cost": {"runs": 4, "tokens": 4000, "flops": 8e9, "seconds": 12.0}, "model": {"params": 19_616}}
+    return content | {"verdict": verdict(content)}
+
+
+def test_two_mixtures_are_compared_as_by_the_textbook_t_test() -> None:
+    rng = np.random.default_rng(0)
+    tables = {"human": rng.normal(3.0, 0.1, (4, 1)), "regmix": rng.normal(2.8, 0.1, (3, 1))}
+    [row] = differences(described(tables))
+    test = stats.ttest_ind(tables["regmix"][:, 0], tables["human"][:, 0])
+    assert row["average"]["joint"] == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert row["average"]["difference"] == pytest.approx(tables["regmix"].mean() - tables["human"].mean())
+    assert row["average"]["p_value"] == pytest.approx(test.pvalue)
+    assert row["average"]["outcome"] == "better" and test.pvalue < 0.05
+    assert row["sets"]["a"]["joint"] == pytest.approx(row["average"]["joint"]), "one set is the average"
+    assert row["average_bpb"]["difference"] == pytest.approx(row["average"]["difference"] / 2)
+
+
+def test_where_nothing_differs_a_whole_table_claims_something_once_in_twenty() -> None:
+    rng, tries, averages, cells = np.random.default_rng(1), 300, 0, 0
+    for _ in range(tries):
+        rows = differences(described({name: rng.normal(3.0, 0.1, (3, 4)) for name in ("human", "x", "y", "z")}))
+        averages += any(row["average"]["outcome"] != "unclear" for row in rows)
+        cells += any(cell["outcome"] != "unclear" for row in rows for cell in row["sets"].values())
+    assert max(averages, cells) / tries < 0.05 + 3 * math.sqrt(0.05 * 0.95 / tries)
+
+
+def test_the_same_losses_under_two_names_differ_by_nothing() -> None:
+    table = np.random.default_rng(2).normal(3.0, 0.1, (3, 2))
+    [row] = differences(described({"human": table, "same": table}))
+    assert row["average"]["difference"] == 0 and row["average"]["outcome"] == "unclear"
+    low, high = row["average"]["joint"]
+    assert -low == high > 0
+
+
+def test_one_seed_gives_differences_and_claims_nothing() -> None:
+    mixtures = described({"human": np.array([[3.0, 4.0]]), "regmix": np.array([[2.0, 4.0]])})
+    [row] = differences(mixtures)
+    assert row["average"]["difference"] == -0.5 and row["average"]["joint"] is None
+    assert "nothing is claimed" in verdict({"first": "human", "differences": [row]})
+
+
+def test_tables_are_these(tmp_path: Path) -> None:
+    tables = {"human": np.array([[3.0, 4.0], [3.1, 4.1]]), "reg|mix": np.array([[2.5, 4.0], [2.6, 4.1]])}
+    content = content_of(described(tables), ["only a test"])
+    assert describe_outcome(content).splitlines() == [
+        "4 runs, 4,000 tokens, 8e+09 FLOPs, 12 s",
+        "  mixture  average loss  bits/byte  against human           interval  outcome",
+        "  human          3.5500     1.7750",
+        "  reg|mix        3.3000     1.6500        -0.2500  -0.5542 to +0.0542  unclear",
+        "  reg|mix shows no significant difference to human: -0.2500 nats on the average set (-0.5542 to +0.0542).",
+        "  warning: only a test",
+    ]
+    write_page(tmp_path, content)
+    text, page = (tmp_path / "compare.md").read_text(), (tmp_path / "compare.html").read_text()
+    assert "| reg\\|mix | 3.3000 | 1.6500 | -0.2500 | -0.5542 to +0.0542 | unclear |" in text
+    assert "| a | 3.0500 | 2.5500 (-0.5000, -0.9387 to -0.0613) better |" in text
+    assert "| 1 | 3.6000 | 3.3500 |" in text and "| a | 75.00% (1.5) | 75.00% (1.5) |" in text
+    assert "<td>3.6000</td><td>3.3500</td>" in page and "reg|mix: \u22120.250" in page and "<a " not in page
+
+
+def test_files_are_called_by_as_little_as_tells_them_apart() -> None:
+    assert name_files([Path("runs/a/mixture.yaml"), Path("human.yaml")]) == ["mixture", "human"]
+    assert name_files([Path("runs/a/mixture.yaml"), Path("runs/b/mixture.yaml")]) == ["a/mixture", "b/mixture"]
+    with pytest.raises(ValueError, match="given twice"):
+        name_files([Path("a.yaml"), Path("../" + Path.cwd().name + "/a.yaml")])
+
+
+def test_shards_are_the_configs_or_the_files_or_the_searchs(tmp_path: Path) -> None:
+    for name, text in {"x": "train: {a: 1}\n", "y": "data_dir: s\ntrain: {a: 1}\n", "z": "data_dir: .\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    x, y, z = (tmp_path / f"{name}.yaml" for name in "xyz")
+    config = load_search(None, overrides=(f"out_dir={tmp_path}/out",))
+    assert place(config, [x, y], None).shards.data_dir == str((tmp_path / "s").resolve())
+    assert place(config, [x, z], None).run_dir == tmp_path / "out/compare"
+    (tmp_path / "w.yaml").write_text("train: {a: 1}\n")
+    assert place(config, [x, tmp_path / "w.yaml"], "there").shards.data_dir == f"{tmp_path}/out/shards"
+    with pytest.raises(ValueError, match=r"set shards\.data_dir"):
+        place(config, [y, z], None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/trials.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a search"):
+        place(config, [x, y], str(tmp_path / "out"))
+
+
+def test_more_mixtures_and_seeds_keep_the_numbers_of_the_trials_that_are_there(tmp_path: Path) -> None:
+    def planned(names: str, seeds: int) -> dict[int, tuple[float, int]]:
+        search = Search(load_search(None, overrides=(f"out_dir={tmp_path}", f"train.seeds={seeds}")), io.StringIO())
+        entries = [Entry(name, "", {"a": float(ord(name))}, {}) for name in names]
+        return {trial.index: (trial.weights["a"], trial.seed) for trial in plan_trials(search, entries)}
+
+    first = planned("xy", 2)
+    assert list(first) == [0, 1, 100, 101], "seed by seed"
+    more = planned("zyx", 3)
+    assert more.items() > first.items() and len(more) == 9
+    assert planned("zx", 1) == {2: more[2], 0: more[0]}
+
+
+def write_inputs(folder: Path) -> list[str]:
+    """Shards, mixtures and a config as a user has them; the arguments of a comparison but for the mixtures."""
+    write_tiny_shards(folder / "shards")
+    for name, weights in MIXTURES.items():
+        text = yaml.safe_dump({"train": {f"train_{domain}": weight for domain, weight in weights.items()}})
+        (folder / f"{name}.yaml").write_text(text)
+    main = to_dict(tiny_config(folder, "eval.every=5"))
+    config = {"corpus": {"kind": "none"}, "shards": {"data_dir": str(folder / "shards")}, "train": {"main": main}}
+    (folder / "search.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", str(folder / "search.yaml"), "--stage", "compare", "--out", str(folder / "out")]
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["human.yaml"], "name two or more mixture.yaml"),
+        (["human.yaml", "runs.csv"], "runs.csv is none"),
+        (["human.yaml", "typo.yaml"], "did you mean train_a"),
+        (["human.yaml", "often.yaml"], "often.yaml: train_a has 2036 tokens"),
+        (["human.yaml", "own.yaml"], "own.yaml: train_d names shards by path"),
+        (["human.yaml", "skewed.yaml", "--losses", "l.csv"], "no other tables"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(tmp_path, capsys, files, named) -> None:
+    arguments = write_inputs(tmp_path)
+    (tmp_path / "typo.yaml").write_text("train: {train_aa: 1, train_b: 1}\n")
+    (tmp_path / "often.yaml").write_text("train: {train_a: {weight: 1, max_epochs: 0.5}}\n")
+    (tmp_path / "own.yaml").write_text("train: {train_d: {weight: 1, path: train_a}}\n")
+    paths = [str(tmp_path / name) if "." in name else name for name in files]
+    assert cli.main([*arguments, "--mixtures", *paths]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error
+    assert not (tmp_path / "out/trials.jsonl").exists()
+
+
+def test_mixture_files_belong_to_this_stage_alone(tmp_path, capsys) -> None:
+    assert cli.main(["--stage", "fit", "--mixtures", "a.yaml", "--losses", "l.csv", "--out", str(tmp_path)]) == 2
+    assert "mixture.yaml files go with --stage compare" in capsys.readouterr().err
+
+
+def paths_of(folder: Path, *names: str) -> list[str]:
+    return ["--mixtures", *(str(folder / f"{name}.yaml") for name in names)]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_repeats_nothing_grows_and_finds_equals_equal(tmp_path, capsys) -> None:
+    arguments, ledger = write_inputs(tmp_path), tmp_path / "out/trials.jsonl"
+    two = [*arguments, *paths_of(tmp_path, "human", "skewed"), "--set", "train.workers=1"]
+    first = subprocess.Popen([sys.executable, "-m", "regmix_search.run", *two], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not any(event["event"] == "finish" for event in read_jsonl(ledger)):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = [event for event in read_jsonl(ledger) if event["event"] == "finish"]
+    assert before and not (tmp_path / "out/compare.json").exists()
+
+    assert cli.main(two) == 0
+    assert "skewed" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    assert [row["name"] for row in content["differences"]] == ["skewed"] and content["cost"]["runs"] == 4
+    assert content["mixtures"][1]["runs"][0]["losses"]["a"] < content["mixtures"][0]["runs"][0]["losses"]["a"]
+    assert len(content["mixtures"][0]["runs"][0]["curve"]) == 2
+
+    grown = [*arguments, *paths_of(tmp_path, "same", "human", "skewed"), "--set", "train.seeds=3", "--json"]
+    assert cli.main(grown) == 0
+    content = json.loads(capsys.readouterr().out)
+    events = [event for event in read_jsonl(ledger) if event["event"] == "finish"]
+    assert sorted(event["trial"] for event in events) == [s * 100 + m for s in range(3) for m in range(3)], "each once"
+    assert [event for event in events if event in before] == before
+    same, human, _ = content["mixtures"]
+    assert [run["losses"] for run in same["runs"]] == [run["losses"] for run in human["runs"]], "to the bit"
+    [equal, skewed] = (row["average"] for row in content["differences"])
+    assert (equal["difference"], equal["outcome"]) == (0, "unclear")
+    means = [np.mean([run["average"] for run in mixture["runs"]]) for mixture in content["mixtures"]]
+    assert skewed["difference"] == pytest.approx(means[2] - means[0])
+
+    assert cli.main(grown[:-1]) == 0 and cli.main(["--stage", "status", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "compare: up to date" in said and "same shows" not in said and "human shows no significant" in said
+    assert "models: 9 of 9 done" in said
+    assert cli.main([*grown[:-1], "--dry-run"]) == 0
+    assert "9 = same, human, skewed x 3 seeds" in capsys.readouterr().out
+    assert cli.main([*two, "--set", "train.main.optim.lr=3e-3"]) == 2
+    assert "optim.lr: 0.01 -> 0.003" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_that_saves_goes_on_where_it_was(tmp_path) -> None:
+    write_tiny_shards(tmp_path / "shards")
+    config = tiny_config(tmp_path, "checkpoint={every: 5, keep: 9}")
+    train = ProxyTraining(config, str(tmp_path / "shards"), ("a", "b"), str(tmp_path / "models"))
+    trial, folder = Trial(0, "train", {"a": 0.5, "b": 0.5}, 0), tmp_path / "models/t0000"
+    whole, rows = train(trial), read_jsonl(folder / "metrics.jsonl")
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "step_0000010")
+    again = train(trial)
+    assert (again["losses"], again["bpb"]) == (whole["losses"], whole["bpb"])
+    assert read_jsonl(folder / "metrics.jsonl")[:5] == rows[:5], "timings too: the first steps were not done again"
+    assert read_jsonl(folder / "metrics.jsonl")[5:] != rows[5:]
