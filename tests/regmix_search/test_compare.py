@@ -97,7 +97,7 @@ def test_tables_are_these(tmp_path: Path) -> None:
     content = content_of(described(tables), ["only a test"])
     assert describe_outcome(content).splitlines() == [
         "4 runs, 4,000 tokens, 8e+09 FLOPs, 12 s",
-        "  mixture  average loss  bits/byte  against human           interval  outcome",
+        "  mixture  average loss  bits/byte  against human            interval  outcome",
         "  human          3.5500     1.7750",
         "  reg|mix        3.3000     1.6500        -0.2500  -0.5542 to +0.0542  unclear",
         "  reg|mix shows no significant difference to human: -0.2500 nats on the average set (-0.5542 to +0.0542).",
@@ -106,7 +106,7 @@ def test_tables_are_these(tmp_path: Path) -> None:
     write_page(tmp_path, content)
     text, page = (tmp_path / "compare.md").read_text(), (tmp_path / "compare.html").read_text()
     assert "| reg\\|mix | 3.3000 | 1.6500 | -0.2500 | -0.5542 to +0.0542 | unclear |" in text
-    assert "| a | 3.0500 | 2.5500 (-0.5000, -0.9387 to -0.0613) better |" in text
+    assert "| a | 3.0500 | 2.5500 (-0.5000, -0.9388 to -0.0612) better |" in text
     assert "| 1 | 3.6000 | 3.3500 |" in text and "| a | 75.00% (1.5) | 75.00% (1.5) |" in text
     assert "<td>3.6000</td><td>3.3500</td>" in page and "reg|mix: \u22120.250" in page and "<a " not in page
 
