@@ -7,7 +7,6 @@ wrote before it writes itself, and a claim holds for as long as its driver lives
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -19,7 +18,8 @@ from typing import Any, Literal
 from megatron_lite.config import diff
 from megatron_lite.files import atomic_write_json
 from regmix_search.drivers import Driver
-from regmix_search.freshness import read_record
+from regmix_search.fingerprint import fingerprint_path, with_defaults
+from regmix_search.freshness import digest_of, read_record
 from regmix_search.journal import Journal
 
 Kind = Literal["train", "holdout", "repeat"]
@@ -115,14 +115,17 @@ class Ledger:
         self.retries, self.fingerprint = retries, json.loads(json.dumps(fingerprint))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.driver = driver or Driver(self.path.parent / "drivers")
-        self.config_hash = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
         self.journal, self.state = Journal(self.path), Replay()
         self.stopped = False  # no further trial is handed out here; those that run may end
         with self.journal.locked():
             busy = any(map(self.driver.alive, replay(self.path).claims.values()))
             check_fingerprint(self.path, fingerprint, busy)
-            if not fingerprint_path(path).is_file() or read_record(fingerprint_path(path)) != self.fingerprint:
+            stored = read_record(fingerprint_path(path))
+            if not stored or diff(with_defaults(stored, self.fingerprint), self.fingerprint):
                 atomic_write_json(fingerprint_path(self.path), fingerprint)
+            else:
+                self.fingerprint = stored  # by which its lines are known: it may lack keys that there were not yet
+            self.config_hash = digest_of(self.fingerprint)
             self.refresh(locked=True)
         for index, event in self.finished.items():
             _check_same(self.path, self.trials[index], event)
@@ -254,11 +257,6 @@ def _apply_line(state: Replay, path: str | Path, number: int, line: bytes, confi
         ) from None
 
 
-def fingerprint_path(path: str | Path) -> Path:
-    """Where a ledger keeps what its trials have in common."""
-    return Path(path).with_suffix(".fingerprint.json")
-
-
 def check_fingerprint(path: str | Path, fingerprint: dict[str, Any], busy: bool = False) -> None:
     """ValueError when the ledger at ``path`` holds trials of other settings; keys not given are not looked at.
 
@@ -274,6 +272,7 @@ def check_fingerprint(path: str | Path, fingerprint: dict[str, Any], busy: bool 
             "which settings they were run; name another out_dir or remove the file"
         ) from None
     fingerprint = json.loads(json.dumps(fingerprint))
+    old = with_defaults(old, fingerprint)
     lines = diff({key: old.get(key) for key in fingerprint}, fingerprint)
     if lines:
         raise ValueError(_refusal(path, lines))

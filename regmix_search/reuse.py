@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from megatron_lite.config import Config, diff, to_dict
+from megatron_lite.config import diff
 from megatron_lite.files import atomic_write_json
 from regmix_search.calibration import adopt, settled_by
 from regmix_search.changes import GONE, Changes, find_changes, join_earlier, stack, translate
+from regmix_search.fingerprint import fingerprint_path, settings, with_defaults
 from regmix_search.fits import BETTER_RUNS
 from regmix_search.freshness import digest, digest_of, read_json, read_record
 from regmix_search.inventory import TRAIN, VALID, Inventory, take_inventory
-from regmix_search.ledger import fingerprint_path
 from regmix_search.reduction import Reduction
 from regmix_search.search import Search
 from regmix_search.space import Space
@@ -78,13 +78,11 @@ def keep_ratios(earlier: Path, changes: Changes, free: Sequence[str], domains: S
 def check_comparable(earlier: Path, settings: Mapping[str, Any], inventory: Inventory, goal: Sequence[str]) -> None:
     """ValueError unless a proxy of the earlier search would have the same losses today.
 
-    settings: stages.settings' of today; goal: the losses that count.
+    settings: fingerprint.settings' of today; goal: the losses that count.
     """
     way_out = "Undo the change, or set reuse.runs=false: then its ratio alone is used"
-    then = read_json(fingerprint_path(earlier / "trials.jsonl"))["settings"]
-    # a key that there was not yet was at its default
-    then["proxy"] = _fill(then["proxy"], settings["proxy"], to_dict(Config()))
-    if lines := diff(_seen_by_proxies(then), _seen_by_proxies(settings)):
+    then = with_defaults(read_json(fingerprint_path(earlier / "trials.jsonl")), {"settings": settings})
+    if lines := diff(_seen_by_proxies(then["settings"]), _seen_by_proxies(settings)):
         raise ValueError(
             f"{earlier}: its proxies were trained with other settings (old -> new):\n  "
             + "\n  ".join(lines)
@@ -121,17 +119,6 @@ def earlier_contents(earlier: Path) -> dict[str, Any]:
             "changed; restore them, or name another folder in reuse.earlier"
         )
     return found
-
-
-def _fill(then: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """`then` with the defaults of keys that only `now` has."""
-    filled = dict(then)
-    for key in now.keys() & default.keys():
-        if key not in then:
-            filled[key] = default[key]
-        elif isinstance(now[key], dict) and isinstance(then[key], Mapping):
-            filled[key] = _fill(then[key], now[key], default[key])
-    return filled
 
 
 def _seen_by_proxies(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,8 +166,6 @@ class Reuse:
 
 def comparable(search: Search) -> dict[str, Any]:
     """The settings that proxies must have so that those of reuse.earlier can be fitted beside them."""
-    from regmix_search.stages import settings
-
     assert search.config.reuse.earlier is not None
     proxy = settled_by(Path(search.config.reuse.earlier), search.config.proxy)
     return dict(settings(search.config, proxy)["settings"])

@@ -37,6 +37,7 @@ from megatron_lite.plan import duration
 from regmix_search import compare, retrain, sources, stages
 from regmix_search.calibration import read_proxy
 from regmix_search.config import SearchConfig, load_search
+from regmix_search.fingerprint import settings
 from regmix_search.freshness import Outcome, Stage, bring_up_to_date, read_json
 from regmix_search.ledger import check_fingerprint
 from regmix_search.search import Search
@@ -150,7 +151,7 @@ def _run(search: Search, args: argparse.Namespace) -> int:
         builders = _builders(search, args)
         if not args.mixtures:
             # before anything is made anew: shards of other text would be of no use to the trials that are there
-            check_fingerprint(search.out / "trials.jsonl", stages.settings(search.config, read_proxy(search)))
+            check_fingerprint(search.out / "trials.jsonl", settings(search.config, read_proxy(search)))
         atomic_write(search.out / "config.yaml", dump(search.config))
         outcomes = run_search(search, builders)
     seconds = time.perf_counter() - start

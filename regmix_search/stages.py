@@ -8,19 +8,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.config import Config, to_dict
 from megatron_lite.files import atomic_write_json
 from regmix_search.calibration import Calibration, calibrate, read_proxy
-from regmix_search.config import SearchConfig
 from regmix_search.drivers import Driver
+from regmix_search.fingerprint import settings
 from regmix_search.freshness import Stage, digest, read_json, read_record
 from regmix_search.ledger import Kind, Ledger, Trial, replay
 from regmix_search.progress import Progress
 from regmix_search.repetition import exposure, proxy_shards, with_epochs
 from regmix_search.search import Search
-
-# Keys of the proxy's config that do not change what is learned or measured (its data has a digest of its own).
-NOT_COMPARED = ("name", "out_dir", "seed", "mixture", "threads", "log", "checkpoint", "data")
 
 JOIN_POLL = 2.0  # seconds between looks at whether the leader has more proxies
 
@@ -96,28 +92,6 @@ def plan_trials(search: Search) -> list[Trial]:
     seeds = [search.config.seed + 1 + i if kind == "repeat" else search.config.seed for i, kind in enumerate(kinds)]
     weights = [dict(zip(domains, row, strict=True)) for row in rows.tolist()]
     return [Trial(*facts) for facts in zip(map(int, index), kinds, weights, seeds, strict=True)]
-
-
-def settings(config: SearchConfig, settled: Config | None = None) -> dict[str, Any]:
-    """The part of the config that every loss of a search depends on: the ledger refuses trials of another.
-
-    ``settled``: the proxy with what calibration has chosen, None before it has.
-    """
-    written = to_dict(config if settled is None else dataclasses.replace(config, proxy=settled))
-    proxy = {key: value for key, value in written["proxy"].items() if key not in NOT_COMPARED}
-    proxy["seq_length"] = config.proxy.data.seq_length
-    del proxy["reweighting"]  # doremi's; trials from before there was this key stay valid
-    own_text = [] if config.shards.data_dir else ["corpus", "tokenizer"]
-    kept = {key: written[key] for key in ("seed", "shards", "mixtures", *own_text)}
-    places = (("shards", "data_dir"), ("corpus", "dir"))  # folders may move: their content has a digest of its own
-    grows = [("mixtures", key) for key in ("count", "rounds", "batch", "max_flops")]
-    for section, key in (("shards", "workers"), ("corpus", "workers"), *grows, *places):
-        kept.get(section, {}).pop(key, None)
-    if not config.shards.match_repetition:  # trials from before there were these keys stay valid
-        del kept["shards"]["match_repetition"]
-    if not config.proxy.cuda_graphs:
-        del proxy["cuda_graphs"]
-    return {"settings": {**kept, "proxy": proxy, "run_tokens": config.run_tokens}}
 
 
 def proxies(search: Search) -> Stage:

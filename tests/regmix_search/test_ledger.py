@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from regmix_search.config import SearchConfig
+from regmix_search.fingerprint import settings
+from regmix_search.freshness import digest_of
 from regmix_search.ledger import Counts, Ledger, Trial, check_fingerprint, fingerprint_path, replay
 
 FINGERPRINT = {"settings": {"proxy": {"optim": {"lr": 0.003}}, "seed": 0}, "shards": "abc"}
@@ -132,6 +135,58 @@ def test_a_partial_fingerprint_compares_only_what_it_names(tmp_path):
     check_fingerprint(ledger.path, {"settings": FINGERPRINT["settings"]})
     with pytest.raises(ValueError, match="shards"):
         check_fingerprint(ledger.path, {"shards": "other"})
+
+
+def forget(path: Path, *keys: tuple[str, ...]) -> None:
+    """Takes keys out of a ledger's fingerprint and names its lines by what is left, as an older version wrote them."""
+    facts = json.loads(fingerprint_path(path).read_text())
+    before = digest_of(facts)
+    for *sections, key in keys:
+        part = facts["settings"]
+        for section in sections:
+            part = part[section]
+        del part[key]
+    fingerprint_path(path).write_text(json.dumps(facts))
+    path.write_text(path.read_text().replace(before, digest_of(facts)))
+
+
+KEYS = [("proxy", "cuda_graphs"), ("proxy", "reweighting"), ("proxy", "optim", "clip_grad"), ("proxy", "eval")]
+
+
+def test_a_search_from_before_there_were_some_keys_goes_on(tmp_path):
+    """They were at their defaults; its lines are known by the fingerprint that they were written under."""
+    known = settings(SearchConfig())["settings"]
+    ledger = open_ledger(tmp_path, settings=known)
+    ledger.tell(claim(ledger), losses={"readme": 1.0})
+    ledger.fail(claim(ledger), "FloatingPointError: step 3", retry=False)
+    forget(ledger.path, *KEYS, ("shards", "match_repetition"))
+    again = open_ledger(tmp_path, settings=known)
+    assert sorted(again.finished) == [0] and sorted(again.failed) == [1] and claim(again).index == 2
+    again.tell(again.trials[2], losses={"readme": 2.0})
+    third = open_ledger(tmp_path, settings=known)
+    assert sorted(third.finished) == [0, 2] and sorted(third.failed) == [1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (KEYS[0], True, r"proxy\.cuda_graphs: False -> True"),
+        (KEYS[2], 0.5, r"proxy\.optim\.clip_grad: 1\.0 -> 0\.5"),
+        (("corpus",), {"kind": "local"}, r"settings\.corpus: None -> "),
+    ],
+)
+def test_a_key_that_there_was_not_yet_must_be_at_its_default(tmp_path, key, value, said):
+    known = settings(SearchConfig())["settings"]
+    ledger = open_ledger(tmp_path, settings=known)
+    ledger.tell(claim(ledger), losses={"readme": 1.0})
+    forget(ledger.path, key)
+    *sections, last = key
+    part = known
+    for section in sections:
+        part = part[section]
+    part[last] = value
+    with pytest.raises(ValueError, match=said):
+        open_ledger(tmp_path, settings=known)
 
 
 def test_another_mixture_under_the_same_number_is_refused(tmp_path):

@@ -94,10 +94,10 @@ def test_subsets_are_made_once_and_again_when_the_budget_changes(tmp_path):
     )
 
 
-def test_without_the_setting_proxies_read_the_shards_and_old_ledgers_stay_valid(tmp_path):
+def test_without_the_setting_proxies_read_the_shards(tmp_path):
     search = search_over(tmp_path, matched=False)
     assert proxy_shards(search) == search.shards_dir
-    assert "match_repetition" not in settings(search.config)["settings"]["shards"]
+    assert settings(search.config)["settings"]["shards"]["match_repetition"] is False
     assert settings(search_over(tmp_path).config)["settings"]["shards"]["match_repetition"] is True
 
 

@@ -293,11 +293,15 @@ def test_a_key_that_there_was_not_yet_was_at_its_default(folders) -> None:
         plan_reuse(search)
 
 
-def test_switches_that_are_off_are_no_difference_to_trials_from_before_there_were_any(tmp_path) -> None:
-    known = settings(search_of(tmp_path, "x").config)["settings"]
-    assert not {"cuda_graphs", "reweighting"} & known["proxy"].keys() and "match_repetition" not in known["shards"]
-    on = settings(search_of(tmp_path, "x", "proxy.cuda_graphs=true", "proxy.compile=true").config)["settings"]
-    assert on["proxy"]["cuda_graphs"]
+def test_switches_that_are_off_are_no_difference_to_trials_from_before_there_were_any(folders) -> None:
+    path = folders / "old" / "trials.fingerprint.json"
+    facts = read_json(path)
+    for section, key in (("proxy", "cuda_graphs"), ("proxy", "reweighting"), ("shards", "match_repetition")):
+        del facts["settings"][section][key]
+    atomic_write_json(path, facts)
+    assert plan_reuse(reusing(folders)).runs is not None
+    with pytest.raises(ValueError, match=r"proxy\.cuda_graphs: False -> True"):
+        plan_reuse(reusing(folders, "proxy.cuda_graphs=true", "proxy.compile=true"))
 
 
 def test_proxies_run_with_what_the_earlier_search_had_settled(folders) -> None:
