@@ -36,6 +36,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids)[0]))
 ```"""
+PHASES = 8  # that are told one by one; a run that reweights its domains has hundreds
 NO_TOKENIZER = """`AutoModelForCausalLM.from_pretrained("{name}")`; the tokenizer is not part of this folder."""
 LIMITS = """This is a base model: it continues text, it was not trained to follow instructions, and nothing was done to
 keep what it writes true, harmless or free of the biases of its training text. {seen}It was trained on sequences of
@@ -102,17 +103,21 @@ def domains_of(state: Mapping[str, Any]) -> list[str]:
 
 def mixture(state: Mapping[str, Any], run_dir: Path) -> str:
     """Weights asked for and realised, tokens and epochs by domain, whole and by phase; the weights as mixture.yaml."""
-    stages, found, parts = state["data"]["stages"], drawn(state, run_dir), list[str]()
+    begun = [s for s in state["data"]["stages"] if s["first_step"] < state["step"] or s["first_step"] == 0]
+    found, parts = drawn(state, run_dir), list[str]()
     head = ("domain", "requested", "realised", "tokens", "epochs")
     if found:
         parts = ["An epoch is all tokens of a domain's shards.", table(head, mixture_rows(found["domains"]))]
+    if len(begun) > PHASES:
+        parts.append(f"Its weights changed {len(begun) - 1:,} times while it trained. The last were:")
+    elif found and len(begun) > 1:
         ends = [stage["first_step"] for stage in found["stages"][1:]] + [found["steps"]]
-        for stage, end in zip(found["stages"], ends, strict=True) if len(ends) > 1 else ():
+        for stage, end in zip(found["stages"], ends, strict=True):
             title = f"### Phase from step {stage['first_step'] + 1:,} to {end:,}"
             parts += [title, table(head, mixture_rows(stage["domains"]))]
-    for stage in [s for s in stages if s["first_step"] < state["step"] or s["first_step"] == 0]:
+    for stage in begun if len(begun) <= PHASES else begun[-1:]:
         train = {f"train_{name}": weight for name, weight in stage["weights"].items() if weight > 0}
-        first = f"# from step {stage['first_step'] + 1}\n" if len(stages) > 1 else ""
+        first = f"# from step {stage['first_step'] + 1}\n" if len(begun) > 1 else ""
         parts.append(f"```yaml\n{first}{yaml.safe_dump({'train': train}, sort_keys=False)}```")
     return "\n\n".join(parts)
 
@@ -229,7 +234,8 @@ def provenance(weights: Weights, state: Mapping[str, Any], run_dir: Path, dtype:
     if found := search_of(run_dir) if state else "":
         yield f"mixture: {found}"
     for change in state.get("allowed", []):
-        yield f"changed at step {change['step']:,}: {change['key']}: {change['change']}"
+        what = "" if "/" in change["change"] else f": {change['change']}"  # no paths
+        yield f"changed at step {change['step']:,}: {change['key']}{what}"
     for name, facts in state["data"]["domains"].items() if state else ():
         digest = hashlib.sha256(json.dumps(facts["shards"], sort_keys=True).encode()).hexdigest()[:16]
         yield f"train_{name}: {facts['tokens']:,} tokens, shards {len(facts['shards'])}, fingerprint {digest}"

@@ -1,5 +1,6 @@
 """An export for the Hub: its card says what the run's own files say, and transformers stops where documents end."""
 
+import dataclasses
 import json
 import random
 import re
@@ -74,6 +75,21 @@ def test_the_card_of_an_earlier_step_is_of_that_step(run):
     assert sum(int(row[3].replace(",", "")) for row in whole) == 5 * 8 * 16
     losses = {row["step"]: row for row in read_jsonl(run / "evals.jsonl")}[5]
     assert tables(card)[-1][0][1] == f"{losses['valid/a/loss']:.4f}"
+
+
+def test_a_run_that_changed_its_weights_at_every_step_has_a_short_card_and_names_no_paths(run, tmp_path):
+    shutil.copytree(run / "step_0000010", tmp_path / "step_0000010")
+    state = json.loads((tmp_path / "step_0000010" / "state.json").read_text())
+    stages = [{"first_step": i, "weights": {"a": i / 10, "b": 1 - i / 10}, "seq_length": 16} for i in range(10)]
+    state["data"]["stages"] = stages
+    changes = {"mixture": "from step 3: a 0.5 -> 0.4", "init_from": "'/home/me/a' -> '/home/me/b'"}
+    state["allowed"] = [{"step": 3, "key": key, "change": change} for key, change in changes.items()]
+    (tmp_path / "step_0000010" / "state.json").write_text(json.dumps(state))
+    weights = dataclasses.replace(read_weights(run), source=tmp_path / "step_0000010")
+    card = write_card(weights, "fp32", CardOptions("x"))
+    assert "changed 9 times" in card and card.count("```yaml") == 1 and "train_a: 0.9" in card
+    assert sum(int(row[3].replace(",", "")) for row in tables(card)[0]) == 10 * 8 * 16
+    assert "- changed at step 3: init_from\n" in card and "a 0.5 -> 0.4" in card and "/home" not in card
 
 
 def test_the_card_has_the_harness_scores_with_their_errors(run, tmp_path):
