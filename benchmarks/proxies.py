@@ -32,9 +32,10 @@ from benchmarks import train
 from benchmarks.sides import SIDES, Case, export_weights
 from benchmarks.sweep import start_rows, sweep_rows
 from benchmarks.table import Row, best_of, pick_keys, print_rows, rate_row
-from regmix_search.calibration import cores, packings, search_settings, variants
+from regmix_search.calibration import packings, search_settings, variants
 from regmix_search.config import ProxiesConfig
 from regmix_search.crew import Crew, Setting
+from regmix_search.machine import cores
 
 CASES = {  # and the steps of one lap: a second or two
     "demo": (Case("demo_proxy", 2048, 128, 8, "fp32"), 30),

@@ -7,7 +7,6 @@ for the whole search, since losses depend on them; threads and processes are set
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import re
 import time
@@ -23,6 +22,7 @@ from regmix_search.crew import Crew, Setting, Timing
 from regmix_search.executors.local import visible_gpus
 from regmix_search.freshness import read_record
 from regmix_search.ledger import replay
+from regmix_search.machine import cores, free_memory
 from regmix_search.search import Search
 
 # Keys of the proxy that how fast it runs depends on.
@@ -67,7 +67,7 @@ def settled_by(folder: Path, proxy: Config) -> Config:
 def adopt(search: Search, folder: Path) -> None:
     """Settles this search's proxies as another search did, so that the losses of both can be compared."""
     proxy, path, inputs = settled_by(folder, search.config.proxy), search.out / "calibration.json", _inputs(search)
-    keys = {"precision": proxy.precision, "compile": proxy.compile, "micro_batch_size": proxy.batch.micro_batch_size}
+    keys = _settled(proxy)
     record = read_record(path)
     if record.get("inputs") != inputs or record.get("proxy") != keys:
         atomic_write_json(path, {"inputs": inputs, "proxy": keys, "machines": {}})
@@ -114,13 +114,6 @@ def describe_machine() -> dict[str, Any]:
 
         facts["gpus"] = [cuda.get_device_name(i) for i in range(cuda.device_count())]
     return facts
-
-
-def cores() -> int:
-    """Cores that this process may use: those that it may run on, or its container's quota where that is less."""
-    allowed, quota = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup/cpu.max")
-    given, _, period = quota.read_text().partition(" ") if quota.exists() else ("max", "", "")
-    return allowed if given == "max" else max(1, min(allowed, int(given) // int(period)))
 
 
 def packings(cores: int, config: ProxiesConfig, gpus: int = 0) -> Iterator[tuple[int, int]]:
@@ -204,13 +197,6 @@ def search_settings(
     return best, timed
 
 
-def free_memory() -> int:
-    """Bytes that new processes can have."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def _measure(search: Search, vocab_size: int, settled: dict[str, Any]) -> dict[str, Any]:
     """A machine's part of calibration.json. Keys that are settled already are not tried otherwise."""
     from megatron_lite.plan import Plan, duration
@@ -243,11 +229,14 @@ def _measure(search: Search, vocab_size: int, settled: dict[str, Any]) -> dict[s
     return {"setting": to_dict(best), "tokens_per_s": rate, "summary": summary, "timed": rows}
 
 
+def _settled(proxy: Config) -> dict[str, Any]:
+    """The keys of SETTLED, which are the proxy's own or its batch's."""
+    return {name: getattr(proxy.batch if hasattr(proxy.batch, name) else proxy, name) for name in SETTLED}
+
+
 def _settle(proxy: Config, keys: dict[str, Any]) -> Config:
-    if not keys:
-        return proxy
-    batch = dataclasses.replace(proxy.batch, micro_batch_size=keys["micro_batch_size"])
-    return dataclasses.replace(proxy, precision=keys["precision"], compile=keys["compile"], batch=batch)
+    of_batch, rest = ({k: v for k, v in keys.items() if hasattr(proxy.batch, k) == there} for there in (True, False))
+    return dataclasses.replace(proxy, batch=dataclasses.replace(proxy.batch, **of_batch), **rest)
 
 
 def _inputs(search: Search) -> str:

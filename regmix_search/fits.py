@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from regmix_search.choice import choose
 from regmix_search.goals import Goal, find_loss, parse_goal
+from regmix_search.machine import cores
 from regmix_search.reduction import today
 from regmix_search.space import FloatArray
 from regmix_search.surrogates import SURROGATES, Surrogate, build_surrogate, group_mixtures, score
@@ -27,7 +28,7 @@ BETTER_RUNS = 5  # runs a domain from which the laws are at their best (RegMix's
 
 def fit_workers(losses: int) -> int:
     """Processes to fit so many losses in: one a core, or this one where others would take longer to start."""
-    return len(os.sched_getaffinity(0)) if losses >= SPREAD else 1
+    return cores() if losses >= SPREAD else 1
 
 
 def check_runs_tell(runs: Runs, names: Sequence[str], fixed: Sequence[str] = ()) -> None:

@@ -19,6 +19,7 @@ from regmix_search.config import ProxiesConfig
 from regmix_search.executors import Executor, Outcome
 from regmix_search.executors.local import LocalPool, visible_gpus
 from regmix_search.ledger import Ledger, Trial
+from regmix_search.machine import cores
 from regmix_search.progress import Progress
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def build_executor(
 
         return RayTasks(function, workers, threads, sharing * on_gpus, config.ray.address)
     gpus = visible_gpus() if on_gpus else ()
-    fitting = len(gpus) * sharing or max(1, len(os.sched_getaffinity(0)) // threads)
+    fitting = len(gpus) * sharing or max(1, cores() // threads)
     return LocalPool(function, workers or fitting, threads, gpus)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from regmix_search.config import SearchConfig
 from regmix_search.inventory import Inventory, take_inventory
+from regmix_search.machine import cores
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ class Search:
 
     def workers(self, wanted: int, threads: int = 1) -> int:
         """A number of processes of so many threads; 0 is as many as fill the cores that this process may use."""
-        return wanted or max(1, len(os.sched_getaffinity(0)) // threads)
+        return wanted or max(1, cores() // threads)

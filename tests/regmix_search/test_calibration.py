@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_lite.config import load_config
 from megatron_lite.testing import tiny_config, write_tiny_shards
-from regmix_search import calibration
+from regmix_search import calibration, machine
 from regmix_search.calibration import calibrate, packings, read_proxy, search_settings, variants
 from regmix_search.config import ProxiesConfig, SearchConfig
 from regmix_search.crew import Crew, Setting, Timing, timed_micro_batch
@@ -217,3 +218,25 @@ def test_a_crew_times_two_real_proxies_at_once_and_says_what_fails(tmp_path):
         with pytest.raises(RuntimeError, match=r"ValueError: batch\.micro_batch_size=3"):
             crew.time(Setting(1, 1, "fp32", False, 3))
         assert crew.time(Setting(1, 1, "bf16", False, 8)).tokens_per_s > 100
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "350000 100000"}, 3),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "9900000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+    ],
+)
+def test_a_containers_quota_limits_cores_for_everybody(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        (tmp_path / "cpu").mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert calibration.cores() == Search(SearchConfig(), io.StringIO()).workers(0) == expected
+    assert calibration.describe_machine()["cores"] == expected

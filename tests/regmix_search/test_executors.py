@@ -22,6 +22,7 @@ from scripted import Scripted
 from test_proxies import assert_dead, wait_for
 
 from megatron_lite.config import Config, load_config
+from regmix_search import machine
 from regmix_search.config import ProxiesConfig, SlurmConfig
 from regmix_search.executors import Executor, Outcome
 from regmix_search.executors.local import LocalPool, visible_gpus
@@ -303,6 +304,7 @@ def test_the_local_pool_has_as_many_workers_as_cores_or_gpus_hold(tmp_path, monk
         return built
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)  # no quota
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [pool().size, pool(threads=3).size, pool(workers=5).size, pool(threads=99).size] == [8, 2, 5, 1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from regmix_search import fits, solution
+from regmix_search import fits, machine, solution
 from regmix_search.config import FitConfig, SearchConfig
 from regmix_search.fits import check_runs_tell, fit_chosen, fit_targets, run_noise, split_holdout
 from regmix_search.goals import parse_goal
@@ -173,6 +173,7 @@ def test_a_search_fits_many_losses_on_every_core_and_few_in_its_own_process(
 
     monkeypatch.setattr(solution, "fit_targets", record)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)  # no quota
     for count in (12, 2):
         many = Runs(runs.index, runs.domains, runs.weights, {f"l{i}": runs.losses["a"] for i in range(count)})
         with pytest.raises(KeyboardInterrupt):
