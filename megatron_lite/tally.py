@@ -8,6 +8,7 @@ from megatron_lite.data.loader import BlendedLoader
 from megatron_lite.data.stages import Stage
 
 ROWS = 40  # domains that the console's table shows; the JSON has all
+STAGES = 8  # in a table: the last of them, for a run that changed its own weights hundreds of times
 
 
 def check_epochs(loader: BlendedLoader, total_samples: int) -> None:
@@ -41,13 +42,14 @@ def report(loader: BlendedLoader, steps: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A report as aligned text: all steps, and each stage where there are several."""
+    """A report as aligned text: all steps, and each of the last stages where there are several."""
     starts = [stage["first_step"] for stage in found["stages"]]
     parts = [(f"steps 1 to {found['steps']}", found["domains"])]
     if len(starts) > 1:
         titles = [f"steps {a + 1} to {b}" for a, b in zip(starts, [*starts[1:], found["steps"]], strict=True)]
-        parts += [(title, stage["domains"]) for title, stage in zip(titles, found["stages"], strict=True)]
-    return "\n".join(_table(title, rows) for title, rows in parts)
+        parts += [(title, stage["domains"]) for title, stage in zip(titles, found["stages"], strict=True)][-STAGES:]
+    more = f"\n  and {len(starts) - STAGES} stages before these" if len(starts) > STAGES else ""
+    return "\n".join(_table(title, rows) for title, rows in parts) + more
 
 
 def _rows(loader: BlendedLoader, begun: list[tuple[Stage, list[int]]]) -> dict[str, dict[str, float]]:

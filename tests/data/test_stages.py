@@ -404,3 +404,7 @@ def test_the_report_has_what_was_asked_and_what_was_drawn(shards):
     text = tally.table(found)
     assert "steps 1 to 20" in text and "steps 15 to 20" in text
     assert "steps 15 to 20" not in tally.table(tally.report(ours, 14)), "a stage that has not begun is not shown"
+    rows = found["domains"]
+    many = {"steps": 30, "domains": rows, "stages": [{"first_step": i, "domains": rows} for i in range(30)]}
+    shown = [line.split() for line in tally.table(many).splitlines() if "steps" in line]
+    assert [words[1] for words in shown] == ["1", *map(str, range(23, 31))] and "22 stages before" in tally.table(many)
