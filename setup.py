@@ -36,7 +36,7 @@ EXTRAS = {
     "tiktoken": ["tiktoken"],
     "flash": ["flash-attn"],
     "ray": ["ray"],  # proxies.executor=ray
-    "eval": ["lm_eval"],
+    "eval": ["lm_eval[hf]"],
     "bench": ["megatron-core", "transformers", "litgpt", "gigatoken"],
     "dev": [
         "pytest",
