@@ -107,13 +107,11 @@ def make_items(file: str, args: argparse.Namespace) -> dict[str, list[dict[str, 
     count = Counter(piece for document in found for _, piece in document)  # what is said twice answers two questions
     once = [[(context, piece) for context, piece in document if count[piece] == 1] for document in found]
     passages = [document for document in once if document]
-    examples = sum(len(document) for document in passages) // 4  # of a small file, at most a quarter
-    few: list[list[tuple[str, str]]] = []
+    wanted = min(FEW_SHOT_ITEMS, sum(map(len, passages)) // 4)  # of a small file, about a quarter
     first = 0
-    while first < len(passages) and len(few) < min(FEW_SHOT_ITEMS, examples):
-        few.append(passages[first])
+    while first < len(passages) and (first < args.choices or sum(map(len, passages[:first])) < wanted):
         first += 1
-    splits = {"train": (few, FEW_SHOT_ITEMS), "test": (passages[first:], args.items)}
+    splits = {"train": (passages[:first], FEW_SHOT_ITEMS), "test": (passages[first:], args.items)}
     if min(len(documents) for documents, _ in splits.values()) < args.choices:
         raise ValueError(
             f"{file}: {len(passages)} documents are longer than {args.context_chars} + {args.piece_chars} characters, "

@@ -175,23 +175,24 @@ def check_tokens(
     """
     spelled = training.decode([eod])
     for texts, context_ids, rest_ids in requests:
-        if texts is None or spelled in "".join(
-            texts
-        ):  # in training it would have been text, transformers takes the token
+        if texts is None or spelled in "".join(texts):  # that was text in training, and is a token in transformers
             continue
         context = texts[0].rstrip() if texts[1] else texts[0]
         start, whole = ([], []) if not texts[0] else (training.encode_batch([context, "".join(texts)]))
         expected = (list(start), list(whole)[len(start) :])
         if not texts[0]:
             expected = ([eod], list(training.encode_batch([texts[1]])[0]))
-        if (list(context_ids), list(rest_ids)) != expected:
+        found = (list(context_ids), list(rest_ids))
+        if found != expected:
             raise ValueError(
-                f"{folder}: {''.join(texts)[:60]!r} is {_short(context_ids, rest_ids)} in lm_eval and "
-                f"{_short(*expected)} in training (documents there have no BOS and end in EOD, {eod}): "
+                f"{folder}: {''.join(texts)[:60]!r} is {_from_difference(found, expected)} in lm_eval and "
+                f"{_from_difference(expected, found)} in training (documents there have no BOS and end in EOD, {eod}): "
                 "export the run again with the tokenizer that made its shards"
             )
 
 
-def _short(context: Sequence[int], rest: Sequence[int]) -> str:
-    ids = [*context, *rest]
-    return f"{ids[:8]}{'...' if len(ids) > 8 else ''} ({len(context)} + {len(rest)} tokens)"
+def _from_difference(shown: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> str:
+    """Eight ids from the first that differs, and how many there are in context and continuation."""
+    ids, against = ([*pair[0], *pair[1]] for pair in (shown, other))
+    first = next((i for i, (a, b) in enumerate(zip(ids, against, strict=False)) if a != b), min(len(ids), len(against)))
+    return f"{ids[first : first + 8]} from token {first} of {len(shown[0])} + {len(shown[1])}"

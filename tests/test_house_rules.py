@@ -35,7 +35,8 @@ BARRED = {  # beyond ORDER: room of the core -> what it must not know
     "model": ("megatron_lite.data", "megatron_lite.plan", "megatron_lite.mesh"),
 }
 NOT_IN_CORE = {"tokenizers", "sentencepiece", "tiktoken"}
-LAZY = {"deepspeed", "transformers", "lightgbm", "ray", "submitit", "wandb", "lm_eval"}  # one file each, inside a function
+# one file each, inside a function
+LAZY = {"deepspeed", "transformers", "lightgbm", "ray", "submitit", "wandb", "lm_eval"}
 UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "eval", "exec", "yaml.load", "torch.load"}
 BAD_NAMES = {"utils", "common", "helpers", "manager", "misc"}
 FILE, FUNCTION, LOOP = 300, 60, 100  # lines; LOOP is for train() in train.py alone
