@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--include-path", metavar="DIR", help="folder with task YAMLs of your own")
     add("--shots", default="0-5", help="few-shot examples: 0-5, 0 or 0,5 (default %(default)s)")
     add("--tokenizer", help="the tokenizer that made the shards; a Hugging Face folder has its own")
-    add("--out", default="runs/evaluation", help="folder of results (default %(default)s)")
+    add("--out", help="folder of results (default: RUN/evaluation for one run, else runs/evaluation)")
     add("--batch-size", default="16", help="requests at a time, or auto (GPU only) (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the model (default %(default)s)")
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         models = read_models(args.models)
+        args.out = args.out or default_out(models)
         with folder_lock(args.out), contextlib.redirect_stdout(sys.stderr):  # results alone go to stdout
             tables, found = [], {"models": {name: [str(p) for p in paths] for name, paths in models.items()}}
             if args.perplexity:
@@ -93,6 +94,13 @@ def read_models(arguments: Sequence[str]) -> Models:
     if len(set(counts.values())) > 1:
         print(f"mixtures have different numbers of seeds: {counts}", file=sys.stderr)
     return models
+
+
+def default_out(models: Models) -> str:
+    """Where export.py looks for a run's scores; a folder beside the runs where there are several models."""
+    folders = [path for paths in models.values() for path in paths]
+    one = len(folders) == 1 and (folders[0] / "state.json").is_file()
+    return str(folders[0].parent / "evaluation") if one else "runs/evaluation"
 
 
 def default_name(path: Path) -> str:

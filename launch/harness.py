@@ -29,7 +29,7 @@ METRICS = (
     "acc_norm",
     "acc",
     "exact_match",
-)  # the first that a task has: acc_norm if there, else acc, as RegMix reports
+)  # the first that a task has: acc_norm if there, else acc, as in RegMix's model cards
 CHECKED = 100  # requests of each task whose tokens are compared with ours
 BOOTSTRAP = 100  # resamples for errors of f1 and perplexity, which are not shown; the others have formulas
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
