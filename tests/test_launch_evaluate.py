@@ -245,7 +245,8 @@ def test_local_tasks_through_the_command_give_a_table_and_are_never_run_twice(lo
     publish += [str(local / "table" / "evaluation.json"), "--out"]
     assert export.main([str(local / "b2"), *publish, str(local / "b2-llama")]) == 0
     score = found["tasks"]["local_wiki"]["scores"]["b"]["values"][1]
-    assert f"| local_wiki | 0, 1 (first 30 items) | acc_norm | {score:.4f} +- " in (local / "b2-llama" / "README.md").read_text()
+    card = (local / "b2-llama" / "README.md").read_text()
+    assert f"| local_wiki | 0, 1 (first 30 items) | acc_norm | {score:.4f} +- " in card
     assert export.main([str(local / "run"), *publish, str(local / "run-llama")]) == 2
     assert "not of" in capsys.readouterr().err
     evaluate(local, "table", *command, "--limit", "20")
