@@ -125,7 +125,12 @@ def read_entries(search: Search, paths: Sequence[Path]) -> list[Entry]:
     ValueError for domains that the shards do not have, shards of a mixture's own, domains too small for a sample, and
     domains that would be read more often than the file's max_epochs, or mixtures.max_epochs where it says nothing.
     """
-    inventory, names = search.inventory, name_files(paths)
+    inventory, names, main = search.inventory, name_files(paths), search.config.train.main
+    for key in ("phases", "reweighting"):
+        if getattr(main, key):
+            raise ValueError(
+                f"train.main.{key}: a comparison trains on one mixture from beginning to end; leave it out"
+            )
     if not inventory.valid:
         raise ValueError(f"{inventory.folder}: no valid_* shards: there is nothing to compare models on")
     return [_read_entry(search, inventory, path, name) for path, name in zip(paths, names, strict=True)]

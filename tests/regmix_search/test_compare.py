@@ -169,6 +169,7 @@ def write_inputs(folder: Path) -> list[str]:
         (["human.yaml", "often.yaml"], "often.yaml: train_a has 2036 tokens"),
         (["human.yaml", "own.yaml"], "own.yaml: train_d names shards by path"),
         (["human.yaml", "skewed.yaml", "--losses", "l.csv"], "no other tables"),
+        (["human.yaml", "skewed.yaml", "--set", "train.main.reweighting={}"], "train.main.reweighting: a comparison"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(tmp_path, capsys, files, named) -> None:
@@ -176,7 +177,7 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path, capsys, files, 
     (tmp_path / "typo.yaml").write_text("train: {train_aa: 1, train_b: 1}\n")
     (tmp_path / "often.yaml").write_text("train: {train_a: {weight: 1, max_epochs: 0.5}}\n")
     (tmp_path / "own.yaml").write_text("train: {train_d: {weight: 1, path: train_a}}\n")
-    paths = [str(tmp_path / name) if "." in name else name for name in files]
+    paths = [str(tmp_path / name) if name.endswith((".yaml", "runs.csv")) else name for name in files]
     assert cli.main([*arguments, "--mixtures", *paths]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and named in error
