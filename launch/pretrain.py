@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine", choices=("auto", "torch", "deepspeed"), help="default: deepspeed under its launcher"
     )
     parser.add_argument("--name", help="name of the run; out_dir defaults to runs/NAME")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with the expected time, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with its time and memory, and stop")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: the plan for N GPUs that are elsewhere")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML, and stop")
     # DeepSpeed's launcher appends it; ranks are read from the environment, as under torchrun
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -69,11 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(dump(config), end="")
             return 0
+        if args.gpus is not None and not args.dry_run:
+            raise ValueError("--gpus is for --dry-run: what trains is as many GPUs as torchrun or deepspeed start ranks")
         if config.init_from or config.model.preset == "init_from":
             from launch import initial
 
             config = initial.resolve(config)
-        return dry_run(config) if args.dry_run else pretrain(config)
+        if args.dry_run:
+            from launch.dry_run import dry_run
+
+            return dry_run(config, args.gpus)
+        return pretrain(config)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -105,26 +112,6 @@ def pretrain(config: Config) -> int:
         for name, loss in result.losses.items():
             bpb = f", {result.bpb[name]:.4f} bits/byte" if name in result.bpb else ""
             print(f"  valid {name:<16} {loss:.4f} nats/token{bpb}")
-    return 0
-
-
-def dry_run(config: Config) -> int:
-    """Prints what the run would do: every derived number, tokens and epochs by domain, FLOPs, the expected time."""
-    from megatron_lite import tally
-    from megatron_lite.mesh import Mesh
-    from megatron_lite.optim import schedule_table
-    from megatron_lite.run import load_mixture, resolve
-    from megatron_lite.speed import measure_speed
-
-    mixture, mesh = load_mixture(config), Mesh.from_env(config.parallel)
-    loader, plan = resolve(config, mixture, mesh)
-    speed = measure_speed(config, plan, mesh)
-    if mesh.is_main:
-        print(f"{config.name}: dry run\n{plan.table(speed.tokens_per_s, speed.source)}")
-        rates = schedule_table(plan.total_steps, config.optim.lr, config.schedule)
-        print("  lr at step  " + ", ".join(f"{step:,}: {rate:.3g}" for step, rate in rates))
-        print(f"to draw:\n{tally.table(tally.report(loader, plan.total_steps))}")
-    mesh.close()
     return 0
 
 

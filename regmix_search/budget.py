@@ -117,9 +117,19 @@ def proxy_lines(search: Search, inventory: Inventory | None, save: bool = True) 
         f"proxies: {number} = {parts}, {len(done)} finished so far",
         plan.table(),
         *_validation_lines(proxy, plan, inventory, scored),
+        *_gpu_lines(proxy, vocab_size, number, len(scored)),
         f"  calibrated  {how.summary}",
         _sum_line(number, len(done), plan, (how.setting.workers, how.setting.threads), each, source),
     ]
+
+
+def _gpu_lines(config: Config, vocab_size: int, number: int, sets: int) -> list[str]:
+    """What all proxies would cost on GPUs, where there are none to measure."""
+    if visible_gpus():
+        return []
+    from regmix_search.gpu_cost import sweep_line
+
+    return ["  on GPUs     " + sweep_line(config, Plan.resolve(config, 1, vocab_size, True, False), number, sets)]
 
 
 def _validation_lines(config: Config, plan: Plan, inventory: Inventory | None, scored: list[str]) -> list[str]:
