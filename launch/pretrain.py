@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump(config), end="")
             return 0
         if args.gpus is not None and not args.dry_run:
-            raise ValueError("--gpus is for --dry-run: what trains is as many GPUs as torchrun or deepspeed start ranks")
+            raise ValueError("--gpus is for --dry-run: a run has as many GPUs as torchrun or deepspeed start ranks")
         if config.init_from or config.model.preset == "init_from":
             from launch import initial
 

@@ -18,6 +18,7 @@ from regmix_search.gpu_memory import GIB, largest_micro_batch, memory
 # What the loss moves through memory for a logit of a token, in bf16: written and read twice by matmuls (2 each), copied
 # to fp32 (2 + 4), its largest (4), subtracted (8), exponentials (8), summed (4), copied back (4 + 2).
 LOGIT_BYTES = 42
+HEAD = ("GPU", "tokens/s", "MFU", "time", "GPU-hours", "memory of a GPU", "largest micro-batch")
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,12 @@ def table(config: Config, plan: Plan, sets: int = 0, here: Here | None = None) -
     """Time and memory as text, for the GPU at hand or for H100 and H200; what is assumed; what was published."""
     size, held = plan.dp_size * plan.tp_size, memory(config, plan)
     known = "measured on this GPU" if here else "estimated"
-    rows = [("GPU", "tokens/s", "MFU", "time", "GPU-hours", "memory of a GPU", "largest micro-batch")]
-    rows += [_here_row(config, plan, sets, here)] if here else [_row(config, plan, gpu, sets) for gpu in (H100, H200)]
-    lines = [f"on {size} GPU{'s' * (size > 1)}, {known}:", *("  " + _columns(row) for row in rows), f"  {held}"]
+    rows = [_here_row(config, plan, sets, here)] if here else [_row(config, plan, gpu, sets) for gpu in (H100, H200)]
+    lines = [
+        f"on {size} GPU{'s' * (size > 1)}, {known}:",
+        *("  " + _columns(row) for row in (HEAD, *rows)),
+        f"  {held}",
+    ]
     if not here:
         lines.append(
             f"  assumed: matmuls at MFU {ASSUMED_MFU:.0%} (MPT-1B on 8 H100: 41.8 %), {LOGIT_BYTES} bytes a logit at "
@@ -137,9 +141,7 @@ def _here_row(config: Config, plan: Plan, sets: int, here: Here) -> tuple[str, .
     return _cells(config, plan, gpu, here.tokens_per_s, seconds, mfu(plan, gpu, training) if peak else None)
 
 
-def _cells(
-    config: Config, plan: Plan, gpu: Gpu, rate: float, seconds: float, share: float | None
-) -> tuple[str, ...]:
+def _cells(config: Config, plan: Plan, gpu: Gpu, rate: float, seconds: float, share: float | None) -> tuple[str, ...]:
     held, size = memory(config, plan).total, plan.dp_size * plan.tp_size
     room = f"{held / GIB:.1f} of {gpu.memory / GIB:.0f} GiB" + " - TOO MUCH" * (held > gpu.memory)
     time = (duration(seconds / size), f"{seconds / 3600:,.3g}" if seconds < 3.6e6 else f"{seconds / 3600:,.0f}")

@@ -54,6 +54,7 @@ def test_the_1b_experiment_is_twenty_runs_that_stop_and_go_on(tmp_path):
     assert "seed=5" in lines[-1].split()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_kit_asks_no_launcher_and_says_what_is_missing(tmp_path):
     done = script("regmix_1b.sh", "--gpus", "8", "--dry-run", shards=str(tmp_path), launch="false")
     assert done.returncode == 2 and "train_the_pile_arxiv has no shard" in done.stderr

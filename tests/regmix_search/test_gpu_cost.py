@@ -27,8 +27,8 @@ DOREMI = {  # sangmichaelxie/doremi: scripts/runs/run_pile_baseline120M.sh; warm
 CONSTANT = {"steps": 1_000, "warmup_steps": 100, "decay": "constant", "micro_batch_size": 16, "every": 100}
 PUBLISHED = {
     "tinyllama_1_1b": REGMIX | {
-        "steps": 25_000, "warmup_steps": 1_000, "decay": "cosine", "min_lr": 1e-5, "micro_batch_size": 4, "every": 1_000,
-        "sizes": (22, 16, 2048, 5632), "tie_embeddings": False,
+        "steps": 25_000, "warmup_steps": 1_000, "decay": "cosine", "min_lr": 1e-5, "micro_batch_size": 4,
+        "every": 1_000, "sizes": (22, 16, 2048, 5632), "tie_embeddings": False,
     },
     "tinyllama_1M": REGMIX | CONSTANT | {"sizes": (2, 8, 256, 512), "tie_embeddings": False},
     "tinyllama_60M": REGMIX | CONSTANT | {"sizes": (10, 8, 768, 1536), "tie_embeddings": False},

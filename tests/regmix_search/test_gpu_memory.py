@@ -63,14 +63,74 @@ def measured(config: Config) -> int:
     return alive.peak
 
 
+def settings(precision: str, recompute: str, model: str, vocab_size: int, tokens: str = "128") -> Config:
+    overrides = [f"model={model}", f"model.vocab_size={vocab_size}", f"data.seq_length={tokens}"]
+    overrides += [f"precision={precision}", f"activation_checkpointing={recompute}"]
+    return load_config(Config, None, [*overrides, "batch={global_batch_size: 16, micro_batch_size: 16}"])
+
+
+def check(config: Config) -> None:
+    counted = memory(config, resolve(config), "cpu")
+    assert counted.overhead == 0
+    assert measured(config) == pytest.approx(counted.activations + counted.work, rel=0.03)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_peak_of_a_step_is_what_was_counted(recompute):
+    """Within 3 %: as counted here, .3 % but for wide blocks in fp32 (2.6 %)."""
+    check(settings("bf16", recompute, WIDE, 96))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [96, 3000])
 @pytest.mark.parametrize("model", [WIDE, GROUPED], ids=["wide", "grouped"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_of_the_real_model_is_what_was_counted(precision, recompute, model, vocab_size):
-    overrides = [f"model={model}", f"model.vocab_size={vocab_size}", "data.seq_length=128", f"precision={precision}"]
-    overrides += ["batch={global_batch_size: 16, micro_batch_size: 16}", f"activation_checkpointing={recompute}"]
-    config = load_config(Config, None, overrides)
-    counted = memory(config, resolve(config), "cpu")
-    print(counted.activations, counted.work, measured(config)/(counted.activations + counted.work))
-    assert measured(config) == pytest.approx(counted.activations + counted.work, rel=0.03)
+def test_the_peak_is_what_was_counted_for_any_shape(precision, recompute, model, vocab_size):
+    check(settings(precision, recompute, model, vocab_size))
+
+
+def test_a_gpu_keeps_less_where_its_kernels_do():
+    """Norms keep no normalised copy, attention writes no second one: 4 D, 4 D and 2 D bytes a token and block."""
+    config = settings("bf16", "none", WIDE, 96)
+    cpu, gpu = (memory(config, resolve(config), device) for device in ("cpu", "cuda"))
+    assert cpu.activations - gpu.activations == (3 * (4 + 4 + 2) + 4) * 64 * 16 * 128
+    assert gpu.overhead == 2 * GIB and gpu.total == sum((gpu.weights, gpu.gradients, gpu.moments)) + (
+        gpu.activations + gpu.work + gpu.overhead
+    )
+
+
+def held(*overrides: str, gpus: int = 1) -> Memory:
+    config = load_config(Config, None, ["model.preset=tinyllama_1_1b", *overrides])
+    return memory(config, resolve(config, gpus, cuda=True))
+
+
+def test_weights_gradients_and_moments_are_bytes_a_parameter():
+    """1,337,026,560 parameters: 4 + 4 + 8 bytes; ZeRO 1 shares out the moments, tensor parallelism all but norms."""
+    params = 1_337_026_560
+    plain = held()
+    assert (plain.weights, plain.gradients, plain.moments) == (4 * params, 4 * params, 8 * params)
+    assert held("parallel.zero_stage=1", gpus=8).moments == params
+    shared, norms = held("parallel.tensor_parallel_size=8", gpus=8), 45 * 2048
+    assert shared.weights == 4 * ((params - norms) // 8 + norms)
+    assert held("optim.optimizer=muon").moments == 8 * params - 4 * 22 * (4 * 2048**2 + 3 * 2048 * 5632)
+    assert held("reweighting.reference=runs/r").weights == 8 * params
+    offload = "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"
+    assert held("engine=deepspeed", "parallel.zero_stage=2", offload, gpus=8).moments == 0
+
+
+def test_sequence_parallelism_shares_out_what_tensor_parallelism_alone_does_not():
+    tp, whole = ("parallel.tensor_parallel_size=8",), held()
+    alone, both = held(*tp, gpus=8), held(*tp, "parallel.sequence_parallel=true", gpus=8)
+    assert both.activations < alone.activations < whole.activations
+    norms = 45 * (4 * 2048 + 4) * 16 * 2048  # of all blocks and the last
+    assert alone.activations - both.activations == pytest.approx(norms * 7 / 8, rel=1e-3)
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits():
+    config = load_config(Config, None, ["model.preset=tinyllama_1_1b", "batch.micro_batch_size=4"])
+    plan = resolve(config, 8, cuda=True)
+    found = largest_micro_batch(config, plan, 79 * GIB)
+    sizes = {size: held(f"batch.micro_batch_size={size}", gpus=8).total for size in (found, 2 * found)}
+    assert sizes[found] <= 79 * GIB < sizes[2 * found]
+    assert largest_micro_batch(config, plan, 10 * GIB) == 0
