@@ -8,7 +8,7 @@ launch=${launch:-torchrun --nproc-per-node gpu launch/pretrain.py}
 case " $* " in *" --dry-run "*) launch="python launch/pretrain.py" dry=yes ;; esac
 train() { # NAME MIXTURE SEED KEY=VALUE ARGUMENTS
     [ -e "$out/$1/result.json" ] || $launch --config configs/model/doremi_120M.yaml --mixture "$2" --name "$1" \
-        --set "data.data_dir=$shards" "out_dir=$out/$1" "seed=$3" "$4" "${@:5}" || exit
+        --set "data.data_dir=$shards" "out_dir=$out/$1" "seed=$3" "$4" "${@:5}" || [ -n "$dry" ] || exit
 }
 train reference "$reference" 1111 reweighting=null "$@"
 # a seed of its own, or excess loss would be measured where the reference had just been
