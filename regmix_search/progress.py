@@ -25,7 +25,7 @@ class Progress:
     """
 
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
-        self.label = label
+        self.label, self.one = label, "proxy" if label == "proxies" else label.removesuffix("s")
         self.stream = stream or sys.stdout
         self.live: Any = None
         self.rows: dict[str, str] = {}

@@ -156,7 +156,7 @@ def run_trials(ledger: Ledger, executor: Executor, progress: Progress) -> Genera
                 streak = streak + (bool(failed) and not diverged) if outcome.result is None else 0
             if streak >= HOPELESS or (len(ledger.failed) >= HOPELESS and not ledger.finished):
                 reason = list(ledger.failed.values())[-1]
-                raise ValueError(f"{ledger.path}: no proxy succeeds: {reason}. Mend it and run this again")
+                raise ValueError(f"{ledger.path}: no {progress.one} succeeds: {reason}. Mend it and run this again")
             ledger.refresh()
             _submit_waiting(ledger, executor)  # before anybody looks at outcomes: no worker waits for that
             yield from outcomes
@@ -176,10 +176,11 @@ def _record(ledger: Ledger, outcome: Outcome, progress: Progress) -> int:
     trial = outcome.trial
     if outcome.result is not None:
         if not ledger.tell(trial, **{"seconds": outcome.seconds, **outcome.result}):
-            progress.say(f"proxy {trial.name}: another driver has it, which thought that this one was dead")
+            progress.say(f"{progress.one} {trial.name}: another driver has it, which thought that this one was dead")
             return 0
         return int(outcome.result.get("tokens", 0))
     facts = {"seconds": outcome.seconds} | ({"traceback": outcome.traceback} if outcome.traceback else {})
     again = ledger.fail(trial, outcome.reason, outcome.retry, **facts)
-    progress.say(f"proxy {trial.name} failed: {outcome.reason}; {'it will be tried again' if again else 'given up'}")
+    then = "it will be tried again" if again else "given up"
+    progress.say(f"{progress.one} {trial.name} failed: {outcome.reason}; {then}")
     return 0

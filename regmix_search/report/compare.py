@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,10 @@ def summarise(search: Search, entries: Sequence[Entry], trials: Sequence[Trial],
     """
     runs = {e.name: _runs_of(trials[number :: len(entries)], ledger) for number, e in enumerate(entries)}
     seeds = {name: [run["seed"] for run in mine] for name, mine in runs.items()}
-    first, failed = entries[0].name, {ledger.trials[i].name: reason for i, reason in ledger.failed.items()}
+    first, failed = entries[0].name, {}
+    for entry, trial in zip(itertools.cycle(entries), trials, strict=False):
+        if trial.index in ledger.failed:
+            failed[f"{entry.name}, seed {trial.seed} ({trial.name})"] = ledger.failed[trial.index]
     if not runs[first] or not any(runs[entry.name] for entry in entries[1:]):
         lost = first if not runs[first] else "any other mixture"
         raise ValueError(f"no run of {lost} succeeded: {next(iter(failed.values()), 'none was trained')}")

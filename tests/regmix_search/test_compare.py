@@ -24,9 +24,10 @@ from megatron_lite.testing import tiny_config, write_tiny_shards
 from regmix_search import run as cli
 from regmix_search.compare import Entry, name_files, place, plan_trials
 from regmix_search.config import load_search
-from regmix_search.ledger import Trial
+from regmix_search.drivers import Driver
+from regmix_search.ledger import Ledger, Trial
 from regmix_search.proxies import ProxyTraining
-from regmix_search.report.compare import describe_outcome, differences, verdict, write_page
+from regmix_search.report.compare import describe_outcome, differences, summarise, verdict, write_page
 from regmix_search.search import Search
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +147,31 @@ def test_more_mixtures_and_seeds_keep_the_numbers_of_the_trials_that_are_there(t
     more = planned("zyx", 3)
     assert more.items() > first.items() and len(more) == 9
     assert planned("zx", 1) == {2: more[2], 0: more[0]}
+
+
+def test_what_failed_and_what_is_not_scored_is_said(tmp_path: Path) -> None:
+    write_tiny_shards(tmp_path / "shards")
+    overrides = (f"out_dir={tmp_path}", f"shards.data_dir={tmp_path}/shards")
+    search = Search(load_search(None, overrides=overrides), io.StringIO())
+    entries = [Entry("human", "", {"a": 1.0}, {}), Entry("regmix", "", {"a": 0.5, "web": 0.5}, {})]
+    trials = plan_trials(search, entries)
+    facts = {"bpb": {}, "tokens": 1, "flops": 1.0, "seconds": 1.0, "run_dir": "models/t", "curve": []}
+    with Driver(tmp_path / "drivers") as driver:
+        ledger = Ledger(tmp_path / "trials.jsonl", trials, {}, driver=driver)
+        while (trial := ledger.ask()) is not None:
+            if trial.index == 101:
+                ledger.fail(trial, "FloatingPointError: step 2", retry=False)
+            else:
+                ledger.tell(trial, {"a": 3.0 + trial.index / 1000}, **facts)
+        content = summarise(search, entries, trials, ledger)
+        assert content["failed"] == {"regmix, seed 1 (t0101)": "FloatingPointError: step 2"}
+        told = " ".join(content["warnings"])
+        assert "human [0, 1], regmix [0]" in told and "web: trained on, but without a validation set" in told
+        assert content["differences"][0]["average"]["difference"] == pytest.approx(3.001 - 3.05)
+        assert content["differences"][0]["average_bpb"] is None and content["cost"]["runs"] == 3
+        ledger.state.finished.clear()
+        with pytest.raises(ValueError, match="no run of human succeeded"):
+            summarise(search, entries, trials, ledger)
 
 
 def write_inputs(folder: Path) -> list[str]:
