@@ -105,8 +105,11 @@ def pretrain(config: Config) -> int:
             result = train(config, reweight=GroupDRO)
         else:
             result = train(config)
-    finally:
+    except SystemExit:  # preempted, as every rank
         mesh.close()
+        raise
+    # After an error of this rank alone the others wait in a collective: tearing groups down could wait for them.
+    mesh.close()
     if mesh.is_main:
         print(f"done: {result.tokens:,} tokens in {result.seconds:.1f} s, {result.run_dir}/result.json")
         for name, loss in result.losses.items():
@@ -117,10 +120,10 @@ def pretrain(config: Config) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if code == 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # All is on disk and the groups are down. Threads that DeepSpeed's groups leave can still abort a process that
-        # ends the usual way ("terminate called without an active exception"), and the launcher would see a failure.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is on disk. Threads that the groups leave can still abort a process that ends the usual way ("terminate
+        # called without an active exception"), and the launcher would see another exit code.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
     sys.exit(code)

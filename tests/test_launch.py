@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -126,6 +127,26 @@ def test_deepspeed_launcher_with_tensor_parallelism(files, reference):
     done = start([*launcher, *arguments(files, "deepspeed-tp2", *[w for s in settings for w in ("--set", s)])])
     check(done, files, "deepspeed-tp2", reference)
     assert "dp 2 x tp 2" in done.stdout and "deepspeed, ZeRO 1" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_an_error_of_one_rank_alone_ends_all(files, tmp_path, launcher):
+    """Rank 0 cannot write more than 8 kB a file, as on a full disk: its first save fails while the others wait."""
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
+    name = f"alone-{launcher}"
+    command = [sys.executable, SCRIPT, *arguments(files, name, "--engine", "torch", "--set", "checkpoint.every=5")]
+    script = tmp_path / "rank.sh"
+    script.write_text(f'#!/bin/bash\n[ "$RANK" = 0 ] && ulimit -f 8\nexec {shlex.join(command)}\n')
+    script.chmod(0o755)
+    flags = {
+        "torchrun": ["--nproc-per-node", "2", "--no-python", "--master-port"],
+        "deepspeed": ["--num_accelerators", "2", "--no_python", "--master_port"],
+    }
+    done = start([str(BIN / launcher), *flags[launcher], free_port(), str(script)])
+    assert done.returncode != 0 and "File too large" in done.stdout + done.stderr
+    assert len(curve(files, name)) == 5 and not (files / name / "result.json").exists()
 
 
 @pytest.mark.slow
