@@ -16,7 +16,7 @@ from regmix_search.ledger import Ledger, Trial
 from regmix_search.report.figures import Curve, draw_curves, draw_gains
 from regmix_search.report.numerals import DASH, count, duration, fixed
 from regmix_search.report.page import Rows, Section, write_html, write_markdown
-from regmix_search.report.verdict import CONFIDENCE, Comparison, compare, join_names, pooled_sd
+from regmix_search.report.verdict import CONFIDENCE, Comparison, compare, join_names, prefers_pairs
 from regmix_search.search import Search
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def summarise(search: Search, entries: Sequence[Entry], trials: Sequence[Trial],
         "confidence": CONFIDENCE,
         "model": {"preset": search.config.train.main.model.preset, "params": plan.get("params")},
         "sets": sorted(every[0]["losses"]),
+        "target": search.config.fit.target if search.config.fit.target in every[0]["losses"] else None,
         "mixtures": described,
         "differences": differences(described),
         "cost": {"runs": len(every), **{key: sum(run[key] for run in every) for key in ("tokens", "flops", "seconds")}},
@@ -70,14 +71,15 @@ def differences(mixtures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every mixture that has runs against the first: on average, in bits a byte, and in every validation set."""
     first, domains = mixtures[0]["name"], list(mixtures[0]["runs"][0]["losses"])
     values = {m["name"]: m["runs"] for m in mixtures}
-    on_average = _against(first, {name: [run["average"] for run in runs] for name, runs in values.items()})
+    same = _aligned(mixtures)
+    on_average = _against(first, {name: [run["average"] for run in runs] for name, runs in values.items()}, same)
     bits = {name: [run["average_bpb"] for run in runs] for name, runs in values.items()}
     known = all(value is not None for runs in bits.values() for value in runs)
-    in_bits = _against(first, bits) if known else {}
+    in_bits = _against(first, bits, same) if known else {}
     by_domain = {}
     for domain in domains:
         losses = {name: [run["losses"][domain] for run in runs] for name, runs in values.items()}
-        by_domain[domain] = _against(first, losses, len(domains))
+        by_domain[domain] = _against(first, losses, same, len(domains))
     return [
         {
             "name": name,
@@ -89,9 +91,14 @@ def differences(mixtures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _against(first: str, losses: Losses, sets: int = 1) -> dict[str, dict[str, Any]]:
+def _aligned(mixtures: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all mixtures that have runs have the same seeds."""
+    return len({tuple(run["seed"] for run in m["runs"]) for m in mixtures if m["runs"]}) == 1
+
+
+def _against(first: str, losses: Losses, aligned: bool, sets: int = 1) -> dict[str, dict[str, Any]]:
     found = {}
-    for c in compare(losses, {}, first, sets):
+    for c in compare(losses, {}, first, sets, aligned):
         facts = {"loss": c.control_loss, "difference": c.gain, "interval": c.interval, "joint": c.joint}
         found[c.control] = {**facts, "p_value": c.p_value, "outcome": TURNED[c.outcome]}
     return found
@@ -125,13 +132,18 @@ def _warnings(content: Mapping[str, Any], seeds: Mapping[str, list[int]], unscor
     return found
 
 
-def verdict(content: Mapping[str, Any]) -> str:
+def verdict(content: Mapping[str, Any]) -> list[str]:
     """What may be said of every mixture against the first, in a sentence each."""
-    return " ".join(_sentence(content["first"], row["name"], row["average"]) for row in content["differences"])
+    first, target, said = content["first"], content["target"], []
+    for row in content["differences"]:
+        said.append(_sentence(first, row["name"], row["average"], "the average set"))
+        if target:
+            said.append(_sentence(first, row["name"], row["sets"][target], f"{target}, the target"))
+    return said
 
 
-def _sentence(first: str, name: str, row: Mapping[str, Any]) -> str:
-    numbers = f"{row['difference']:+.4f} nats on the average set{_span(row['joint'], ' (', ')')}"
+def _sentence(first: str, name: str, row: Mapping[str, Any], on: str) -> str:
+    numbers = f"{row['difference']:+.4f} nats on {on}{_span(row['joint'], ' (', ')')}"
     if row["outcome"] == "unknown":
         return f"{name} measured {numbers} against {first}, with no interval: nothing is claimed."
     if row["outcome"] == "unclear":
@@ -150,7 +162,7 @@ def describe_outcome(content: Mapping[str, Any]) -> str:
     cost = content["cost"]
     spent = f"{cost['runs']} runs, {cost['tokens']:,} tokens, {cost['flops']:.3g} FLOPs, {duration(cost['seconds'])}"
     noted = [f"warning: {text}" for text in content["warnings"]]
-    return "\n  ".join([spent, *lines, content["verdict"], *noted]).replace(DASH, "-")
+    return "\n  ".join([spent, *lines, *content["verdict"], *noted]).replace(DASH, "-")
 
 
 def write_page(out: Path, content: Mapping[str, Any]) -> None:
@@ -160,11 +172,11 @@ def write_page(out: Path, content: Mapping[str, Any]) -> None:
     sets = join_names(content["sets"])
     notes.append(
         f"Average: mean over the validation sets {sets}, each counting the same. Negative differences are lower "
-        f"losses. Intervals are {CONFIDENCE:.0%}, from the seed spread ({_freedom(content)} degrees of freedom), and "
-        "hold for all rows of a table at once; by set, for all of its cells. Seeds count as unpaired."
+        f"losses. Intervals are {CONFIDENCE:.0%}, from the spread over seeds, and hold for all rows of a table at "
+        f"once; by set, for all of its cells. {_pairing(content)}"
     )
     figures = [_gains(content), _curves(content)]
-    drawn = [f"<figure>{figure}</figure>" for figure in figures if figure]
+    drawn = [f'<div class="pair">{"".join(f"<figure>{figure}</figure>" for figure in figures if figure)}</div>']
     sections: list[Section] = [
         (f"Against {content['first']}", [_averages(content)], drawn),
         ("By validation set", [_by_set(content)], []),
@@ -173,13 +185,20 @@ def write_page(out: Path, content: Mapping[str, Any]) -> None:
         ("Weights", [_weights(content)], []),
         ("Cost", [_cost(content)], []),
     ]
-    page = (f"Compared: {names}", content["verdict"], notes, sections)
+    page = (f"Compared: {names}", " ".join(content["verdict"]), notes, sections)
     atomic_write(out / "compare.html", write_html(*page, len(content["mixtures"])))
     atomic_write(out / "compare.md", write_markdown(*page))
 
 
-def _freedom(content: Mapping[str, Any]) -> int:
-    return pooled_sd({m["name"]: [run["average"] for run in m["runs"]] for m in content["mixtures"]})[1]
+def _pairing(content: Mapping[str, Any]) -> str:
+    """Which intervals are of pairs: said, because runs of one seed begin alike."""
+    trained = [m for m in content["mixtures"] if m["runs"]]
+    seeds, rows = len(trained[0]["runs"]), len(trained) - 1
+    families = {"on average": rows, "by set": rows * len(content["sets"])}
+    paired = [name for name, family in families.items() if prefers_pairs(seeds, len(trained), family)]
+    if not paired or not _aligned(trained):
+        return "Seeds count as unpaired, which is conservative: runs of one seed begin alike."
+    return f"Runs of one seed begin alike and count as pairs {join_names(paired)}."
 
 
 def _averages(content: Mapping[str, Any]) -> Rows:
