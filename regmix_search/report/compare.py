@@ -194,7 +194,7 @@ def _pairing(content: Mapping[str, Any]) -> str:
     """Which intervals are of pairs: said, because runs of one seed begin alike."""
     trained = [m for m in content["mixtures"] if m["runs"]]
     seeds, rows = len(trained[0]["runs"]), len(trained) - 1
-    families = {"on average": rows, "by set": rows * len(content["sets"])}
+    families = {"in the averages": rows, "by set": rows * len(content["sets"])}
     paired = [name for name, family in families.items() if prefers_pairs(seeds, len(trained), family)]
     if not paired or not _aligned(trained):
         return "Seeds count as unpaired, which is conservative: runs of one seed begin alike."
