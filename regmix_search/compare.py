@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_lite.config import to_dict
 from megatron_lite.files import atomic_write_json
-from regmix_search.config import SearchConfig
+from regmix_search.config import FitConfig, SearchConfig
 from regmix_search.drivers import Driver
 from regmix_search.freshness import Stage, read_json
 from regmix_search.inventory import Inventory
@@ -133,6 +133,11 @@ def read_entries(search: Search, paths: Sequence[Path]) -> list[Entry]:
             )
     if not inventory.valid:
         raise ValueError(f"{inventory.folder}: no valid_* shards: there is nothing to compare models on")
+    if search.config.fit.target not in ("mean", FitConfig().target, *inventory.valid):
+        try:
+            inventory.check_target("fit.target", search.config.fit.target)
+        except ValueError as error:
+            raise ValueError(f"{error}; --target mean: the average over all sets alone") from None
     return [_read_entry(search, inventory, path, name) for path, name in zip(paths, names, strict=True)]
 
 

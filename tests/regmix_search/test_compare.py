@@ -98,6 +98,7 @@ def write_inputs(folder: Path) -> list[str]:
         (["human.yaml", "often.yaml"], "often.yaml: train_a has 2036 tokens"),
         (["human.yaml", "own.yaml"], "own.yaml: train_d names shards by path"),
         (["human.yaml", "skewed.yaml", "--losses", "l.csv"], "no other tables"),
+        (["human.yaml", "skewed.yaml", "--target", "d"], "has no valid_d. Known: a, b, c; --target mean"),
         (["human.yaml", "skewed.yaml", "--set", "train.main.reweighting={}"], "train.main.reweighting: a comparison"),
     ],
 )
