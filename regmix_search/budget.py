@@ -86,6 +86,11 @@ def _domain_lines(search: Search, inventory: Inventory | None) -> list[str]:
         facts = f"{tokens[name]:>14,} {tokens[name] / total:>8.2%} {space.named(space.caps)[name]:>8.2%}"
         lines.append(f"  {name:<16} {facts} {target:>14.3g} {proxy:>11.3g}")
     lines += [f"  with every domain at its cap, {text}" for text in seen.to_json(space.named(space.caps))["warnings"]]
+    if (length := config.proxy.schedule.total_tokens) > config.run_tokens:
+        lines.append(
+            f"  PROXIES of {length:,} tokens are longer than the run that the mixture is for ({config.run_tokens:,}): "
+            "set target_tokens to that run's length, and proxy.schedule.total_tokens well below it"
+        )
     if config.reuse.earlier is not None:
         from regmix_search.reuse import describe as describe_reuse
         from regmix_search.reuse import plan_reuse

@@ -51,9 +51,12 @@ class Space:
         if self.tokens is None or not self.target_tokens or not self.max_epochs:
             return text + "; raise the caps"
         held = self.tokens.sum()
+        # half of what there is leaves a choice: at the very limit the prior is the only mixture
+        most, fits = held * self.max_epochs, held * min(self.max_epochs / 2, 2)
         return (
             f"{text}. {self.max_epochs:g} epochs of the {held:,.0f} tokens of {len(self.domains)} domains are "
-            f"{held * self.max_epochs:,.0f}, but target_tokens is {self.target_tokens:,}. Lower target_tokens, "
+            f"{most:,.0f}, but target_tokens is {self.target_tokens:,}, the length of the run that the mixture is for. "
+            f"Lower target_tokens to your own (--set target_tokens={fits:.0f} reads all text {fits / held:.3g} times), "
             f"add text, or raise max_epochs (to {self.target_tokens / held:.3g} at least)"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import time
 from pathlib import Path
 
@@ -110,3 +111,17 @@ def test_disk_counts_checkpoints_that_are_kept_of_proxies_too():
 def test_nothing_is_written(shards):
     describe(search(shards))
     assert not (shards.parent / "out").exists()
+
+
+def test_less_text_than_the_target_needs_is_refused_with_a_length_that_works(shards):
+    """own.yaml is for 26B tokens: somebody with less text is told the key, and a value that leaves a choice."""
+    with pytest.raises(ValueError, match=r"target_tokens is 26,214,400,000, the length of the run") as caught:
+        lines(shards, "target_tokens=26_214_400_000")
+    [named] = re.findall(r"--set (target_tokens=\d+) reads all text 2 times", str(caught.value))
+    assert "PROXIES" not in lines(shards, named)
+
+
+def test_proxies_longer_than_the_run_they_stand_for_are_named(shards):
+    longer = lines(shards, "proxy.schedule.total_tokens=10_240")["PROXIES"]
+    assert "10,240 tokens are longer" in longer and "(10,000)" in longer and "target_tokens" in longer
+    assert "PROXIES" not in lines(shards, "proxy.schedule.total_tokens=9_984")
