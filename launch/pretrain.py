@@ -4,7 +4,10 @@
     torchrun --nproc-per-node 8 launch/pretrain.py --config configs/pretrain.yaml --mixture mixture.yaml
     deepspeed launch/pretrain.py --config configs/pretrain.yaml --mixture mixture.yaml
 
-Exit codes: 0 done, 2 a mistake in settings or data, 5 non-finite gradients, 75 saved after SIGTERM (run it again).
+For many nodes and Slurm: torchrun_pretrain.sh, deepspeed_pretrain.sh, slurm_pretrain.sbatch beside this file.
+
+Exit codes: 0 done, 2 a mistake in settings or data, or ranks that do not find each other, 5 non-finite gradients,
+75 saved after SIGTERM or SIGUSR1 (run it again).
 """
 
 from __future__ import annotations
@@ -15,11 +18,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # so that `python launch/pretrain.py` works from a clone without installing
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_lite.config import Config, dump, load_config
+
+if TYPE_CHECKING:
+    from megatron_lite.mesh import Mesh
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,10 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pretrain(config: Config) -> int:
     """Trains to the end and prints the held-out losses on rank 0."""
     from launch.provenance import record_start
-    from megatron_lite.mesh import Mesh
-    from megatron_lite.train import train
+    from megatron_lite.train import EXIT_PREEMPTED, Preempted, train
 
-    mesh = Mesh.from_env()
+    mesh = meet()
     if mesh.is_main:
         record_start(config.run_dir, mesh)
     try:
@@ -105,9 +111,10 @@ def pretrain(config: Config) -> int:
             result = train(config, reweight=GroupDRO)
         else:
             result = train(config)
-    except SystemExit:  # preempted, as every rank
+    except Preempted:  # on every rank
+        mesh.barrier()  # rank 0 may still be writing, and launchers kill the others 30 s after the first has ended
         mesh.close()
-        raise
+        return EXIT_PREEMPTED
     # After an error of this rank alone the others wait in a collective: tearing groups down could wait for them.
     mesh.close()
     if mesh.is_main:
@@ -116,6 +123,30 @@ def pretrain(config: Config) -> int:
             bpb = f", {result.bpb[name]:.4f} bits/byte" if name in result.bpb else ""
             print(f"  valid {name:<16} {loss:.4f} nats/token{bpb}")
     return 0
+
+
+def meet() -> Mesh:
+    """The ranks of this launch, all data parallel; an error that says what to do where they cannot find each other."""
+    import torch
+
+    from megatron_lite.mesh import Mesh
+
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks of launch/pretrain.py, and none knows of the others: start one torchrun a "
+            "node, as launch/slurm_pretrain.sbatch does"
+        )
+    try:
+        return Mesh.from_env()
+    except RuntimeError as error:  # of the store, gloo or NCCL, which have no class in common
+        if isinstance(error, torch.AcceleratorError):
+            raise
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')} cannot join the others at {where}: {error}\nEvery node must reach that "
+            "address; where nodes have several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Slurm of one node on loopback, for tests: munged, slurmctld and slurmd with everything of theirs in one folder."""
+"""A Slurm on loopback, for tests: munged, slurmctld and a slurmd a node, with everything of theirs in one folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SlurmctldPort={ctld}
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -38,9 +38,10 @@ JobRequeue=1
 KillWait=2
 ReturnToService=2
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 Port={slurmd} CPUs=4 RealMemory=8000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+# A node's name is an address, because programs of a job want to connect to it.
+NODE = "NodeName={address} NodeHostname={host} NodeAddr={address} Port={port} CPUs=4 RealMemory=8000 Gres=gpu:{gpus}\n"
 
 
 def why_not() -> str:
@@ -59,24 +60,30 @@ def why_not() -> str:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Starts a cluster; gives the environment in which sbatch and squeue reach it, and stops it in the end."""
-    ctld, slurmd = _free_ports(2)
+def slurm_cluster(folder: Path, nodes: int = 1, gpus: int = 2) -> Iterator[dict[str, str]]:
+    """Starts a cluster; gives the environment in which sbatch and squeue reach it, and stops it in the end.
+
+    ``folder``: a short path, for it becomes part of the names of sockets, which end at 108 characters.
+    """
+    assert len(str(folder)) < 74, folder
+    ctld, *ports = _free_ports(1 + nodes)
     (folder / "state").mkdir(parents=True)
-    config = CONFIG.format(folder=folder, ctld=ctld, slurmd=slurmd, host=socket.gethostname().split(".")[0])
-    (folder / "slurm.conf").write_text(config)
+    host, addresses = socket.gethostname().split(".")[0], [f"127.0.0.{1 + node}" for node in range(nodes)]
+    lines = [NODE.format(address=a, port=p, host=host, gpus=gpus) for a, p in zip(addresses, ports, strict=True)]
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, ctld=ctld, host=host) + "".join(lines))
     _make_gpus(folder)
-    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{gpus - 1}]\n")
     (folder / "munge.key").write_bytes(secrets.token_bytes(64))
     (folder / "munge.key").chmod(0o400)
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     options = [f"--{option}={folder}/munge.{ending}" for option, ending in files.items()]
-    commands = [["munged", "--foreground", "--force", *options], ["slurmctld", "-D"], ["slurmd", "-D"]]
+    commands = [["munged", "--foreground", "--force", *options], ["slurmctld", "-D"]]
+    commands += [["slurmd", "-D", "-N", address] for address in addresses]
     daemons = []
     try:
         for name, *arguments in commands:
-            log = (folder / f"{name}.out").open("wb")
+            log = (folder / f"{name}.out").open("ab")
             daemons.append(subprocess.Popen([_find(name) or name, *arguments], env=environment, stdout=log, stderr=log))
         _wait_until_idle(environment, folder)
         yield environment
@@ -97,8 +104,8 @@ def _make_gpus(folder: Path) -> None:
 def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
     end = time.monotonic() + 60
     while True:
-        sinfo = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True)
-        if sinfo.stdout.strip() == "idle":
+        sinfo = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=environment, capture_output=True, text=True)
+        if set(sinfo.stdout.split()) == {"idle"}:
             return
         if time.monotonic() > end:
             logs = "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in folder.glob("*.log"))
