@@ -183,11 +183,13 @@ def values(results: Sequence[Mapping[str, Any]]) -> list[float]:
 def explain(args: argparse.Namespace, shots: Sequence[int], models: Models, raw: Mapping[str, Any]) -> str:
     """What the table's figures are."""
     results = [r for seeds in raw.values() for seed in seeds for task in seed.values() for r in task]
-    cut, seeds = sum(r["truncated_requests"] for r in results), {len(paths) for paths in models.values()}
+    cut, asked = (sum(r[key] for r in results) for key in ("truncated_requests", "requests"))
+    seeds = {len(paths) for paths in models.values()}
     text = f"Percent; each score is the mean over {args.shots} shots ({len(shots)} runs of lm_eval {lm_eval_version()})"
     text += "; mean \u00b1 standard deviation over seeds" if max(seeds) > 1 else "; one seed each"
     text += f"; ONLY THE FIRST {args.limit} ITEMS of each task" if args.limit else ""
-    return text + (f"; {cut:,} requests were longer than the model's context and lost their beginning." if cut else ".")
+    lost = f"; {cut:,} of {asked:,} requests were longer than the model's context and lost their beginning."
+    return text + (lost if cut else ".")
 
 
 def read_shots(text: str) -> list[int]:

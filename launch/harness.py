@@ -89,6 +89,7 @@ class Harness:
         ):
             raise ValueError(f"{folder}: no tokenizer in it; export it with --tokenizer")
         self.policy, self.training, self.truncated = read_policy(folder), None, 0
+        self.requests = 0
         self.lm = build_lm(folder, self._check, pretrained=str(folder), device=device, batch_size=batch_size,
                            dtype=DTYPES[dtype], softmax_dtype="float32")  # fmt: skip
         if self.policy is None:
@@ -102,7 +103,7 @@ class Harness:
 
     def score(self, task: str, shots: int, limit: int | None) -> dict[str, Any]:
         """Runs one task: metric, value, stderr, all metrics, items. ValueError when the task fixes its own shots."""
-        started, self.truncated = time.monotonic(), 0
+        started, self.truncated, self.requests = time.monotonic(), 0, 0
         results = import_lm_eval().simple_evaluate(
             model=self.lm, tasks=[task], num_fewshot=shots, limit=limit, task_manager=self.manager,
             bootstrap_iters=BOOTSTRAP, log_samples=False,
@@ -117,11 +118,12 @@ class Harness:
         return {
             "task": task, "shots": shots, "metric": metric, "value": found[metric],
             "stderr": found.get(f"{metric}_stderr"), "metrics": found, "items": results["n-samples"][task]["effective"],
-            "truncated_requests": self.truncated, "version": results["versions"][task],
+            "requests": self.requests, "truncated_requests": self.truncated, "version": results["versions"][task],
             "seconds": round(time.monotonic() - started, 2),
         }  # fmt: skip
 
     def _check(self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]]) -> None:
+        self.requests += len(requests)
         self.truncated += sum(len(context) + len(rest) > self.lm.max_length + 1 for _, context, rest in requests)
         if self.training is not None and self.policy is not None:
             check_tokens(requests[:CHECKED], self.training, self.policy["eod_id"], self.folder)

@@ -26,7 +26,8 @@ def test_one_seed_is_compared_by_the_items_and_says_so():
     assert found.p == pytest.approx(2 * stats.norm.sf(0.09 / 0.05))  # hypot(.03, .04) = .05
     comparisons = compare({"task": {"a": a, "b": b}})
     assert comparisons[0].over == "items" and "not how training does" in comparison_table(comparisons, "points")
-    assert difference(Cell((0.6,)), Cell((0.5,))).p is None  # nothing known: no claim
+    for known in (None, 0.03):
+        assert difference(Cell((0.6,), known), Cell((0.5,))).p is None  # nothing known: no claim
 
 
 def test_holm_is_the_textbooks():
@@ -54,10 +55,10 @@ def draw(rng: random.Random, effect: float) -> dict[str, dict[str, Cell]]:
 
 def test_noise_is_rarely_called_significant_and_an_effect_is_found():
     rng = random.Random(1)
-    null = [compare(draw(rng, 0)) for _ in range(200)]
+    null = [compare(draw(rng, 0)) for _ in range(60)]
     # 39 tests a table at 5 %: without Holm 87 % of tables would have a false star; with it at most 5 %
-    assert sum(any(c.higher or c.lower for c in found) for found in null) <= 20
-    assert sum(any((c.p or 1) < 0.05 for c in found) for found in null) <= 20
+    assert sum(any(c.higher or c.lower for c in found) for found in null) <= 9
+    assert sum(any((c.p or 1) < 0.05 for c in found) for found in null) <= 9
     found = {(c.first, c.second): c for c in compare(draw(rng, 0.05))}
     assert found["c", "a"].higher == found["c", "b"].higher == ["task0"]
     assert not found["b", "a"].higher and all(not c.lower for c in found.values())
