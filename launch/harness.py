@@ -25,11 +25,8 @@ TASKS = (  # of RegMix's table of 1B models (Liu et al. 2024), by the harness's 
     *("social_iqa", "hellaswag", "piqa", "openbookqa", "lambada_standard", "sciq", "arc_easy", "copa", "race"),
     *("logiqa", "qqp", "winogrande", "multirc"),
 )
-METRICS = (
-    "acc_norm",
-    "acc",
-    "exact_match",
-)  # the first that a task has: acc_norm if there, else acc, as in RegMix's model cards
+# the first that a task has: acc_norm if there, else acc, as in RegMix's model cards
+METRICS = ("acc_norm", "acc", "exact_match")
 CHECKED = 100  # requests of each task whose tokens are compared with ours
 BOOTSTRAP = 100  # resamples for errors of f1 and perplexity, which are not shown; the others have formulas
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

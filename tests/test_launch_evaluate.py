@@ -129,6 +129,29 @@ def test_regmixs_tasks_are_the_harnesss_with_the_metric_that_we_report():
         assert "num_fewshot" not in config, "a fixed number of shots would override --shots"
 
 
+def rows_of_each_task(letters: str) -> dict[str, dict]:
+    """A row in the form of each benchmark's data set, by the data set's name."""
+    a, b, c, d = letters
+    problem = {"question": f"{a}?", "answer": "B", "options": [a, b, c, d]}
+    return {
+        "lighteval/siqa": {"context": a, "question": b, "answerA": a, "answerB": b, "answerC": c, "label": "2"},
+        "Rowan/hellaswag": {"ctx_a": a, "ctx_b": b, "activity_label": c, "endings": [a, b, c, d], "label": "1"},
+        "baber/piqa": {"goal": a, "sol1": b, "sol2": c, "label": 1},
+        "allenai/openbookqa": {"question_stem": a, "choices": {"text": [a, b], "label": ["A", "B"]}, "answerKey": "A"},
+        "cimec/lambada": {"text": f"{a} {b} {c} {d}"},
+        "allenai/sciq": {
+            "support": a, "question": b, "distractor1": a, "distractor2": b, "distractor3": c, "correct_answer": d,
+        },
+        "allenai/ai2_arc": {"question": a, "choices": {"text": [a, b], "label": ["A", "B"]}, "answerKey": "B"},
+        "aps/super_glue copa": {"premise": f"{a}.", "question": "cause", "choice1": a, "choice2": b, "label": 1},
+        "EleutherAI/race": {"article": a, "problems": str([problem, problem])},
+        "EleutherAI/logiqa": {"context": a, "question": b, "options": [a, b, c, d], "label": "c"},
+        "nyu-mll/glue": {"question1": a, "question2": b, "label": 0},
+        "allenai/winogrande": {"sentence": f"{a} _ {b}.", "option1": c, "option2": d, "answer": "2"},
+        "aps/super_glue multirc": {"paragraph": a, "question": b, "answer": c, "label": 1},
+    }  # fmt: skip
+
+
 class Broken:
     """A training tokenizer that disagrees about one text."""
 
@@ -256,6 +279,30 @@ def test_local_tasks_through_the_command_give_a_table_and_are_never_run_twice(lo
     assert len(calls) == 17 + 16  # other items: other scores
     assert main([*command, "--json", "--out", str(local / "table")]) == 0
     assert json.loads(capsys.readouterr().out[-len(json.dumps(found, indent=1)) - 1 :]) == found
+
+
+@pytest.mark.slow
+@WITH_HARNESS
+def test_all_of_regmixs_tasks_run_from_their_own_definitions_with_0_and_5_shots(local, monkeypatch, capsys):
+    import datasets
+
+    def load_dataset(path, name=None, **kwargs):
+        rng, key = random.Random(path), f"{path} {name}" if path == "aps/super_glue" else path
+        rows = [rows_of_each_task(rng.sample(WORDS, 4))[key] for _ in range(8)]
+        found = datasets.Dataset.from_list(rows)
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), found))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = evaluate(local, "thirteen", str(local / "llama"), "--shots", "0,5", "--limit", "4")
+    assert list(found["tasks"]) == list(TASKS)
+    stored = [json.loads(path.read_text()) for path in (local / "thirteen" / "scores").rglob("*.json")]
+    assert {(r["task"], r["shots"]) for r in stored} == {(task, shots) for task in TASKS for shots in (0, 5)}
+    assert all(r["items"] == 4 and r["stderr"] is not None and 0 <= r["value"] <= 1 for r in stored)
+    table = capsys.readouterr().out
+    assert "| multirc | acc |" in table and "| hellaswag | acc_norm |" in table and "| **average** |" in table
+
+
+WORDS = ["a bag", "bad cab", "the deaf", "head", "a cafe", "beach", "face", "dad had"]
 
 
 @pytest.mark.slow
