@@ -59,7 +59,7 @@ def describe(dataset: IndexedDataset) -> str:
     else:
         checksums = f"{len(meta.layout.bin_checksums)} + {len(meta.layout.idx_checksums)}"
         lines.append(f"  checksums   {checksums} blocks of {meta.layout.checksum_block >> 20} MiB in .bin and .idx")
-    lines += [f"  {key:<15} {json.dumps(value)}" for key, value in meta.extra.items() if value not in (0, [], {})]
+    lines += [f"  {key:<15} {json.dumps(value)}" for key, value in meta.extra.items() if value not in (None, 0, [], {})]
     if meta.extra.get("shuffled_seed") is not None and dataset.contiguous:
         lines.append("  advice      shuffled when written: data.sample_order=contiguous is safe, and reads are faster")
     return "\n".join(lines)

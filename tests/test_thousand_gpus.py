@@ -11,22 +11,21 @@ from megatron_lite.config import Config, ModelConfig, load_config
 from megatron_lite.mesh import TIMEOUT
 from megatron_lite.model import GPT
 from megatron_lite.optim import moments
-from megatron_lite.plan import PEAK_FLOPS, Plan
+from megatron_lite.plan import Plan
 from megatron_lite.shape import resolve_shape
+from regmix_search.gpu_cost import H100, gpu_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "thousand_gpus.md").read_text(encoding="utf-8")
 VOCAB = 50_432  # GPT-NeoX's tokenizer with its padding, as RegMix trained
 GPU_HOURS = 54 * 24 * 16_384 / 419  # between failures: Llama 3's 419 unexpected ones in 54 days of 16,384 H100
-MFU, NETWORK, WRITER = 0.4, 50e9, 1e9  # assumed: 400 Gb/s a GPU, 1 GB/s from one process to the shared file system
+NETWORK, WRITER = 50e9, 1e9  # assumed: 400 Gb/s a GPU, 1 GB/s from one process to the shared file system
 RESTART = 300  # s, assumed: from a failure to the first new step
 
 
-def plan_of(name: str) -> Plan:
-    return Plan.resolve(load_config(Config, ROOT / "configs" / "model" / f"{name}.yaml"), 1, VOCAB, True, False)
-
-
-ONE_B = plan_of("tinyllama_1_1b")
+CONFIG = load_config(Config, ROOT / "configs" / "model" / "tinyllama_1_1b.yaml")
+ONE_B = Plan.resolve(CONFIG, 1, VOCAB, True, False)
+SECONDS = gpu_seconds(CONFIG, ONE_B, H100, 0)  # of H100s, as --dry-run prints them in hours
 EIGHT_B = resolve_shape(ModelConfig(preset="doremi_8B"), 2048, VOCAB)
 
 
@@ -45,15 +44,15 @@ def checkpoint_row(name: str, params: int, gpus: int) -> str:
 
 def split_row(gpus: int) -> str:
     """A step of the 1B run on so many GPUs: compute, one ring all-reduce of fp32 gradients, the whole run."""
-    compute = ONE_B.flops_per_token * ONE_B.tokens_per_step / (gpus * MFU * PEAK_FLOPS["H100"])
+    compute = SECONDS / gpus / ONE_B.total_steps
     reduce = 2 * 4 * ONE_B.params * (gpus - 1) / gpus / NETWORK
     hours = ONE_B.total_steps * compute / 3600
     return row(f"{gpus:,}", f"{512 / gpus:g}", f"{compute:.2f} s", f"{reduce:.2f} s", f"{hours:.1f} h")
 
 
-def cost_row(name: str, runs: int, plan: Plan) -> str:
-    hours = plan.total_flops / (MFU * PEAK_FLOPS["H100"]) / 3600
-    return row(name, f"{runs:,}", f"{runs * plan.total_flops:.3g}", f"{hours:,.1f}", f"{runs * hours:,.0f}")
+def cost_row(name: str, runs: int) -> str:
+    hours = SECONDS / 3600
+    return row(name, f"{runs:,}", f"{runs * ONE_B.total_flops:.3g}", f"{hours:,.0f}", f"{runs * hours:,.0f}")
 
 
 def tables() -> list[str]:
@@ -61,7 +60,7 @@ def tables() -> list[str]:
     rows = [checkpoint_row("RegMix's 1B", ONE_B.params, gpus) for gpus in (32, 1024)]
     rows += [checkpoint_row("DoReMi's 8B", EIGHT_B.params, 1024)]
     rows += [split_row(gpus) for gpus in (8, 32, 128, 512)]
-    return [*rows, cost_row("the 1B run", 1, ONE_B), cost_row("4 mixtures x 5 seeds of it", 20, ONE_B)]
+    return [*rows, cost_row("the 1B run", 1), cost_row("4 mixtures x 5 seeds of it", 20)]
 
 
 def facts() -> list[str]:
