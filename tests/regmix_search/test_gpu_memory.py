@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_lite.config import Config, load_config
+from megatron_lite.config import BatchConfig, Config, ParallelConfig, load_config
+from megatron_lite.mesh import Mesh, TensorParallel
 from megatron_lite.model import GPT
 from megatron_lite.plan import Plan
+from megatron_lite.testing import run_distributed
 from regmix_search.gpu_memory import GIB, Memory, largest_micro_batch, memory
 
 WIDE = "{num_layers: 3, hidden_size: 64, num_heads: 4, ffn_hidden_size: 256}"
@@ -47,10 +50,10 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Plan:
     return Plan.resolve(config, world_size, None, cuda, deepspeed=False)
 
 
-def measured(config: Config) -> int:
+def measured(config: Config, plan: Plan | None = None, tp: TensorParallel | None = None) -> int:
     """Peak bytes of a step's second micro-batch beyond weights, gradients and moments."""
-    plan = resolve(config)
-    model = GPT(plan.shape, recompute=config.activation_checkpointing)
+    plan = plan or resolve(config)
+    model = GPT(plan.shape, tp=tp, recompute=config.activation_checkpointing)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     shape = (config.batch.micro_batch_size, config.data.seq_length)
@@ -88,6 +91,31 @@ def test_the_peak_of_a_step_is_what_was_counted(recompute):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_is_what_was_counted_for_any_shape(precision, recompute, model, vocab_size):
     check(settings(precision, recompute, model, vocab_size))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_weights_in_bf16_are_counted(recompute):
+    """Of 128 tokens in blocks of 128 x 512 they are a third of the peak, or three quarters."""
+    model = "{num_layers: 4, hidden_size: 128, num_heads: 4, ffn_hidden_size: 512}"
+    config = settings("bf16", recompute, model, 96)
+    check(replace(config, batch=BatchConfig(1, 1)))
+
+
+def shared(config: Config) -> float:
+    """Measured over counted on one of two tensor-parallel ranks."""
+    mesh, plan = Mesh.from_env(config.parallel), resolve(config, 2)
+    counted = memory(config, plan, "cpu")
+    found = measured(config, plan, mesh.tp) / (counted.activations + counted.work)
+    mesh.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_peak_of_a_tensor_parallel_rank_is_what_was_counted(sequence_parallel):
+    config = settings("bf16", "none", WIDE, 96)
+    config = replace(config, parallel=ParallelConfig(2, sequence_parallel))
+    assert run_distributed(shared, 2, config) == pytest.approx([1, 1], rel=0.05)
 
 
 def test_a_gpu_keeps_less_where_its_kernels_do():
