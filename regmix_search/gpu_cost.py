@@ -113,7 +113,8 @@ def sweep_line(config: Config, plan: Plan, number: int, sets: int) -> str:
     for gpu in (H100, H200):
         each = gpu_seconds(config, plan, gpu, sets)
         parts.append(f"{number} x {duration(each)} = {number * each / 3600:.3g} {gpu.name}-hours")
-    return f"{'; '.join(parts)} (assumed MFU {mfu(plan, H100, gpu_seconds(config, plan, H100, 0)):.0%} on an H100)"
+    share, held = mfu(plan, H100, gpu_seconds(config, plan, H100, 0)), memory(config, plan).total
+    return f"{'; '.join(parts)} (assumed MFU {share:.0%} on an H100); {held / GIB:.1f} GiB each"
 
 
 def _work(config: Config, plan: Plan, sets: int) -> float:

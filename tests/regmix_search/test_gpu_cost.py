@@ -12,7 +12,7 @@ from megatron_lite.config import Config, load_config
 from megatron_lite.plan import Plan
 from regmix_search.config import load_search
 from regmix_search.gpu_cost import A100, H100, H200, Here, gpu_seconds, published, sweep_line, table
-from regmix_search.gpu_memory import GIB
+from regmix_search.gpu_memory import GIB, memory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 REGMIX = {  # sail-sg/regmix: model_training/pretrain/tinyllama.py, and for 1M mixture_config/synthesize_mixture.py
@@ -173,7 +173,8 @@ def test_the_regmix_search_is_the_published_one():
 def test_a_sweep_is_as_many_runs_on_one_gpu_each():
     config, plan = resolve("tinyllama_1M")
     hours = 512 * gpu_seconds(config, plan, H100, 17) / 3600
-    assert f"= {hours:.3g} H100-hours" in sweep_line(config, plan, 512, 17)
+    line = sweep_line(config, plan, 512, 17)
+    assert f"= {hours:.3g} H100-hours" in line and f"{memory(config, plan).total / GIB:.1f} GiB each" in line
 
 
 def test_mixtures_of_the_kit_have_the_papers_domains():

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_lite.config import BatchConfig, Config, ParallelConfig, load_config
+from megatron_lite.data.batch import Batch
+from megatron_lite.engine import build_engine
 from megatron_lite.mesh import Mesh, TensorParallel
 from megatron_lite.model import GPT
 from megatron_lite.plan import Plan
@@ -25,15 +27,14 @@ GROUPED = "{num_layers: 2, hidden_size: 128, num_heads: 8, num_kv_heads: 2, ffn_
 class Alive(TorchDispatchMode):
     """Bytes of the storages that are alive, and their peak, from what every operator returns."""
 
-    def __init__(self, model: GPT, *others: torch.Tensor) -> None:
+    def __init__(self, *older: torch.Tensor) -> None:
         super().__init__()
-        grads = [param.grad for param in model.parameters() if param.grad is not None]
-        self.older = [x.untyped_storage() for x in (*model.parameters(), *model.buffers(), *grads, *others)]
+        self.older = [x.untyped_storage() for x in older]
         self.seen, self.now, self.peak = {x._cdata for x in self.older}, 0, 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not x.is_meta):
             if storage._cdata not in self.seen:
                 self.seen.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -58,7 +59,7 @@ def measured(config: Config, plan: Plan | None = None, tp: TensorParallel | None
         param.grad = torch.zeros_like(param)
     shape = (config.batch.micro_batch_size, config.data.seq_length)
     tokens, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
-    alive = Alive(model, weights)
+    alive = Alive(*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers(), weights)
     with alive:
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
             loss = model(tokens, tokens, weights)[0]
@@ -116,6 +117,34 @@ def test_the_peak_of_a_tensor_parallel_rank_is_what_was_counted(sequence_paralle
     config = settings("bf16", "none", WIDE, 96)
     config = replace(config, parallel=ParallelConfig(2, sequence_parallel))
     assert run_distributed(shared, 2, config) == pytest.approx([1, 1], rel=0.05)
+
+
+def deepspeed_peak(config: Config) -> float:
+    """Measured over counted on one of two ranks: weights, gradients, moments and all in the second step."""
+    mesh, plan = Mesh.from_env(config.parallel), resolve(config, 2)
+    tokens, mask = torch.zeros(1, config.data.seq_length, dtype=torch.int32), torch.ones(1, config.data.seq_length)
+    alive = Alive()
+    with alive:
+        engine = build_engine(config, plan, mesh)
+        for _ in range(2):
+            alive.peak = alive.now
+            batches = [Batch(tokens, tokens, mask, torch.zeros(1, dtype=torch.int64)) for _ in range(2)]
+            engine.forward_backward(batches, 2 * tokens.numel())
+            engine.step(1e-3)
+    engine.close()
+    mesh.close()
+    return alive.peak / memory(config, plan, "cpu").total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_peak_under_deepspeed_is_what_was_counted(stage):
+    pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
+    config = settings("bf16", "none", "{num_layers: 2, hidden_size: 256, num_heads: 4, ffn_hidden_size: 1024}", 8000)
+    bucket = {"zero_optimization": {"reduce_bucket_size": 3_000_000}}  # half of the parameters
+    engine = {"engine": "deepspeed", "deepspeed": bucket, "parallel": ParallelConfig(zero_stage=stage)}
+    config = replace(config, batch=BatchConfig(4, 1), **engine)
+    assert run_distributed(deepspeed_peak, 2, config) == pytest.approx([1, 1], rel=0.05)
 
 
 def test_a_gpu_keeps_less_where_its_kernels_do():
