@@ -191,6 +191,8 @@ def scores(path: Path, source: Path, asked: bool) -> list[tuple[str, ...]]:
     if isinstance(found.get("results"), dict):
         return harness(found)
     if not isinstance(found.get("tasks"), dict):
+        if not asked:  # launch/evaluate.py --perplexity left it, with held-out losses alone
+            return []
         raise ValueError(f"{path}: no scores in it; give evaluation.json of launch/evaluate.py, or the harness's own")
     seeds = [(name, i, Path(p)) for name, paths in found["models"].items() for i, p in enumerate(paths)]
     mine = [(name, i) for name, i, p in seeds if p.resolve() == source.resolve()]
