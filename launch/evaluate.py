@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # so that `python launch/evaluate.py` works from a clone without installing
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    # in place of launch/, where the harness would find this file when it imports Hugging Face's `evaluate`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 

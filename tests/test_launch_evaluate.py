@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ WITH_HARNESS = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("lm_eval", "accelerate", "transformers")),
     reason="needs lm_eval: pip install 'megatron_lite[eval]'",
 )
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB, T = 300, 128
 SIZES = ["--items", "60", "--context-chars", "60", "--piece-chars", "20"]
 
@@ -150,6 +154,17 @@ def rows_of_each_task(letters: str) -> dict[str, dict]:
         "allenai/winogrande": {"sentence": f"{a} _ {b}.", "option1": c, "option2": d, "answer": "2"},
         "aps/super_glue multirc": {"paragraph": a, "question": b, "answer": c, "label": 1},
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_script_does_not_stand_in_the_way_of_hugging_faces_evaluate(tmp_path):
+    show = "import atexit, importlib.util as u; atexit.register(lambda: print('found', u.find_spec('evaluate')))\n"
+    (tmp_path / "sitecustomize.py").write_text(show)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    script = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--help"]
+    done = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "found" in done.stdout, done.stderr
+    assert "launch/evaluate.py" not in done.stdout.split("found")[1]
 
 
 class Broken:
