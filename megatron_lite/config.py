@@ -169,6 +169,7 @@ class Config:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # what blocks recompute
     compile: bool = False  # torch.compile the model; falls back with one warning
     cuda_graphs: bool = False  # with compile, on a GPU: replay its kernels as graphs; for models too small to fill it
+    loss_chunk: int = 0  # logits that exist at once in the loss, as many rows as fit; 0: 2^25, on a GPU 2^27
     attention: Literal["auto", "sdpa", "flash"] = "auto"  # auto: flash-attn 3 or 4 if installed; flash: or an error
     threads: int = 0  # CPU threads of one rank; 0: what torch chooses
     model: ModelConfig = field(default_factory=ModelConfig)  # sizes of the model

@@ -101,7 +101,7 @@ class GPT(nn.Module):
     """Token ids in, logits or per-token losses out; each rank of ``tp`` holds its slices and gets the same results.
 
     Parameters are fp32 on CPU and start from ``seed`` alone. Heads and ffn must be divisible by tp (Plan checks).
-    ``recompute``: see recompute.run_block.
+    ``recompute``: see recompute.run_block. ``loss_chunk`` may be set: VocabRows.chunk.
     """
 
     cos_TK: Tensor
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         self, shape: ModelShape, seed: int = 1234, tp: TensorParallel | None = None, recompute: str = "none"
     ) -> None:
         super().__init__()
-        self.shape, self.tp, self.recompute = shape, tp or TensorParallel(), recompute
+        self.shape, self.tp, self.recompute, self.loss_chunk = shape, tp or TensorParallel(), recompute, 0
         self.embedding = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, self.tp)
         self.blocks = nn.ModuleList(Block(shape, self.tp) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps, self.tp, 1 / shape.mup_width)  # muP's output multiplier
@@ -149,11 +149,7 @@ class GPT(nn.Module):
         return sum_forward(F.pad(logits_BTV, (before, vocab_size - before - logits_BTV.shape[-1])), self.tp)
 
     def forward(
-        self,
-        tokens_BT: Tensor,
-        labels_BT: Tensor,
-        weights_BT: Tensor | None = None,
-        documents: Documents = WHOLE_ROWS,
+        self, tokens_BT: Tensor, labels_BT: Tensor, weights_BT: Tensor | None = None, documents: Documents = WHOLE_ROWS
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Per-token cross-entropy in nats, fp32 [B, T]. With weights: (sum of weight * loss, the losses detached).
 
@@ -161,7 +157,7 @@ class GPT(nn.Module):
         vocabulary. The [B * T, vocabulary] logits never exist at once.
         """
         h_ND = self.hidden(tokens_BT, documents).flatten(0, 1)
-        rows = VocabRows(self.head.first_row, self.head.weight.shape[0], self.tp)
+        rows = VocabRows(self.head.first_row, self.head.weight.shape[0], self.tp, self.loss_chunk)
         labels_N, head_VD = labels_BT.flatten(), self.head.valid_weight
         if weights_BT is None:
             return token_losses(h_ND, head_VD, labels_N, rows).view(labels_BT.shape)

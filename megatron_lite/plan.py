@@ -146,6 +146,8 @@ def _check(config: Config, engine: str, total_steps: int) -> None:
         raise ValueError(f"optim.optimizer=muon needs whole matrices and their gradients on each rank: {way_out}")
     if config.cuda_graphs and not (config.compile and engine == "torch"):
         raise ValueError("cuda_graphs: graphs are made by the compiler, under the torch engine: set compile=true")
+    if config.loss_chunk < 0:
+        raise ValueError(f"loss_chunk={config.loss_chunk} is below 0; 0 chooses by the device")
     if config.deepspeed and engine == "torch":
         raise ValueError("deepspeed: has keys, but the engine is torch; use --engine deepspeed or remove them")
     for key in ("every", "keep"):

@@ -27,7 +27,7 @@ from regmix_search.search import Search
 
 # Keys of the proxy that how fast it runs depends on.
 TIMED = ("model", "batch", "optim", "precision", "compile", "attention", "activation_checkpointing")
-SETTLED = ("precision", "compile", "micro_batch_size")  # of a Setting: what losses depend on
+SETTLED = ("precision", "compile", "micro_batch_size", "loss_chunk")  # of a Setting: what losses depend on
 FLOPS_GUESSED = 2e10  # FLOP/s of a core for small models, before anything is measured (docs/decisions.md)
 WORTH = 60.0  # seconds of proxies below which nothing is measured
 SHARE = 0.02  # of the proxies' time is what calibration may take, but at least SHORTEST and at most LONGEST seconds
@@ -36,7 +36,9 @@ COMPILE = 30.0  # seconds that a compiler takes, about: it is tried when it coul
 MEMORY = 0.8  # of what is free is what the processes may take together
 # A setting must be this much faster than a simpler one: timings differ by a few percent from one moment to the next,
 # bf16 also costs digits, and threads are timed by the clock, single processes by the better of clock and CPU.
-MARGIN = {"precision": 1.10, "compile": 1.03, "micro_batch_size": 1.03, "packing": 1.10}
+MARGIN = {"precision": 1.10, "compile": 1.03, "micro_batch_size": 1.03, "loss_chunk": 1.03, "packing": 1.10}
+# Other sizes of the loss's chunk, in logits: 2^22 of fp32 stay in a large cache, 2^26 have longer matmuls.
+CHUNKS = (1 << 22, 1 << 26)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def calibrate(search: Search, vocab_size: int, save: bool = True) -> Calibration
     if (config := search.config.proxies).executor != "local":
         proxy = read_proxy(search) or search.config.proxy
         micro, threads = proxy.batch.micro_batch_size, config.threads or 1
-        setting = Setting(threads, config.workers, proxy.precision, proxy.compile, micro)
+        setting = Setting(threads, config.workers, proxy.precision, proxy.compile, micro, proxy.loss_chunk)
         return Calibration(setting, None, f"not here: proxies run on {config.executor}")
     path, inputs, machine = search.out / "calibration.json", _inputs(search), describe_machine()
     record = read_record(path)
@@ -148,6 +150,8 @@ def variants(proxy: Config, allowed: tuple[str, ...], cuda: bool) -> Iterator[tu
             sizes = [n for n in fitting if n * length <= tokens]
             if sizes and sizes[-1] != proxy.batch.micro_batch_size:
                 yield "micro_batch_size", {"micro_batch_size": sizes[-1]}
+    if "loss_chunk" in allowed and not proxy.loss_chunk and not cuda:
+        yield from (("loss_chunk", {"loss_chunk": chunk}) for chunk in CHUNKS)
     if "compile" in allowed and not proxy.compile:
         yield "compile", {"compile": True}
 
@@ -164,7 +168,7 @@ def search_settings(
     cuda, precision = len(crew.gpus) > 0, proxy.precision
     if precision == "auto" and "precision" in config.calibrate:
         precision = "bf16" if cuda else "fp32"
-    alone = Setting(threads, 1, precision, proxy.compile, proxy.batch.micro_batch_size)
+    alone = Setting(threads, 1, precision, proxy.compile, proxy.batch.micro_batch_size, proxy.loss_chunk)
     timed[alone] = crew.time(alone)  # says how much memory a process takes, too
     start, limit = time.monotonic(), SHARE * tokens / timed[alone].undisturbed / cores
     limit = min(LONGEST, max(SHORTEST, limit))
@@ -211,7 +215,9 @@ def _measure(search: Search, vocab_size: int, settled: dict[str, Any]) -> dict[s
     expected = tokens * plan.flops_per_token / (FLOPS_GUESSED * cores())
     if expected < WORTH or plan.flops_per_token * proxy.data.seq_length > MEASURABLE_FLOPS:
         threads, workers = next(packings(cores(), config, len(gpus)))
-        setting = Setting(threads, workers, proxy.precision, proxy.compile, proxy.batch.micro_batch_size)
+        setting = Setting(
+            threads, workers, proxy.precision, proxy.compile, proxy.batch.micro_batch_size, proxy.loss_chunk
+        )
         return {"setting": to_dict(setting), "tokens_per_s": None, "summary": f"{setting} (not measured)", "timed": []}
     start = time.monotonic()
     try:
@@ -244,7 +250,9 @@ def _inputs(search: Search) -> str:
     config = search.config
     asked = {key: value for key, value in to_dict(config.proxy).items() if key in TIMED}
     asked["seq_length"] = config.proxy.data.seq_length
-    return config_hash({**asked, "calibrate": list(config.proxies.calibrate)})
+    asked |= {"loss_chunk": config.proxy.loss_chunk} if config.proxy.loss_chunk else {}
+    # loss_chunk came later: what searches from before have settled still holds
+    return config_hash({**asked, "calibrate": [key for key in config.proxies.calibrate if key != "loss_chunk"]})
 
 
 def _packing_keys(config: ProxiesConfig) -> list[int]:

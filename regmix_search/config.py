@@ -107,8 +107,8 @@ class ProxiesConfig:
     workers: int = 0  # proxies at a time; 0: what calibration finds fastest; slurm, ray: as many as the cluster runs
     threads: int = 0  # CPU threads of one proxy; 0: what calibration finds fastest, or 1 where it does not measure
     per_gpu: int = 0  # proxies that share a GPU, where there are GPUs; 0: what calibration finds fastest, or 1
-    calibrate: tuple[Literal["precision", "micro_batch_size", "compile"], ...] = (
-        "precision", "micro_batch_size", "compile",
+    calibrate: tuple[Literal["precision", "micro_batch_size", "loss_chunk", "compile"], ...] = (
+        "precision", "micro_batch_size", "loss_chunk", "compile",
     )  # local: keys of proxy that calibration may set for speed; precision only where it is auto  # fmt: skip
     retries: int = 2  # further tries after a crash; a diverged proxy is never tried again
     until_precise: bool = False  # start no more when the optimum moves less than its uncertainty and a run's noise

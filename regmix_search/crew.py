@@ -29,17 +29,19 @@ class Setting:
     precision: Literal["auto", "fp32", "bf16"]
     compile: bool
     micro_batch_size: int
+    loss_chunk: int = 0  # logits of the loss that exist at once; 0: by the device
 
     def apply(self, proxy: Config) -> Config:
         """The proxy's config with this setting in it."""
         batch = dataclasses.replace(proxy.batch, micro_batch_size=self.micro_batch_size)
-        chosen = {"precision": self.precision, "compile": self.compile, "threads": self.threads}
-        return dataclasses.replace(proxy, batch=batch, **chosen)  # type: ignore[arg-type]
+        chosen = {key: getattr(self, key) for key in ("precision", "compile", "threads", "loss_chunk")}
+        return dataclasses.replace(proxy, batch=batch, **chosen)
 
     def __str__(self) -> str:
         compiled = ", compiled" if self.compile else ""
         packing = f"{self.workers} at a time x {self.threads} thread{'s' * (self.threads > 1)}"
-        return f"{packing}, {self.precision}, micro-batch {self.micro_batch_size}{compiled}"
+        chunk = f", loss in chunks of {self.loss_chunk:,} logits" if self.loss_chunk else ""
+        return f"{packing}, {self.precision}, micro-batch {self.micro_batch_size}{chunk}{compiled}"
 
 
 @dataclass(frozen=True)

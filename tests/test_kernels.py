@@ -1,5 +1,6 @@
 """The loss kernel against plain cross-entropy, chunk by chunk and block by block; optimizer and allocator choices."""
 
+import dataclasses
 import platform
 import subprocess
 import sys
@@ -11,8 +12,12 @@ import torch.nn.functional as F
 
 import megatron_lite.tensor_parallel.loss as loss_module
 from megatron_lite.config import OptimConfig
+from megatron_lite.engine import build_engine
+from megatron_lite.mesh import Mesh
 from megatron_lite.optim import adamw_name, apex_adamw, build_optimizer, moments, param_groups, set_moments
+from megatron_lite.plan import Plan
 from megatron_lite.tensor_parallel.loss import VocabRows, token_losses, weighted_loss
+from megatron_lite.testing import tiny_config
 
 ROWS, HIDDEN, VOCAB = 11, 8, 30
 
@@ -92,6 +97,22 @@ def test_no_more_logits_are_held_than_a_chunk_has():
         weighted_loss(h.requires_grad_(), w.requires_grad_(), labels, torch.ones(4096))[0].backward()
     whole = 4096 * 20_000 * 4
     assert 0 < largest <= 4 * loss_module.CHUNK["cpu"] < whole / 2
+
+
+def test_a_run_holds_as_many_logits_as_its_loss_chunk_says(monkeypatch, tmp_path):
+    config = tiny_config(tmp_path, "loss_chunk=640")  # 64 token ids: 10 rows, which cut 64 into 7 chunks
+    plan = Plan.resolve(config, 1, 64, False, False)
+    cut, whole = (
+        build_engine(c, plan, Mesh.from_env()).module for c in (config, dataclasses.replace(config, loss_chunk=0))
+    )
+    sizes, seen = list[int](), loss_module.exponentials_
+    monkeypatch.setattr(loss_module, "exponentials_", lambda x, *rest: (sizes.append(x.numel()), seen(x, *rest))[1])
+    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    losses = [model(tokens, tokens, torch.ones(4, 16))[1] for model in (cut, whole)]
+    assert sizes[:-1] == [640] * 6 + [256] and sizes[-1] == 64 * 64
+    torch.testing.assert_close(*losses)
+    with pytest.raises(ValueError, match="loss_chunk=-1"):
+        Plan.resolve(dataclasses.replace(config, loss_chunk=-1), 1, 64, False, False)
 
 
 def sharded_loss(dtype: torch.dtype):

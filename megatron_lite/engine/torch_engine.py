@@ -31,7 +31,7 @@ class TorchEngine:
         self.mesh, self.stage, self.clip_grad = mesh, plan.zero_stage, config.optim.clip_grad
         self.module = GPT(plan.shape, config.seed, mesh.tp, config.activation_checkpointing).to(mesh.device)
         self.forward: nn.Module = self.module
-        self.graphs = config.cuda_graphs
+        self.graphs, self.module.loss_chunk = config.cuda_graphs, config.loss_chunk
         if config.compile:
             compile_in_place(self.module, "reduce-overhead" if self.graphs else None)
         self.autocast = torch.autocast(mesh.device.type, torch.bfloat16, enabled=plan.precision == "bf16")

@@ -29,6 +29,7 @@ class VocabRows:
     first: int = 0  # token id of the first
     padded: int = 0  # rows of a rank with its padding: all ranks must cut their tokens into the same chunks
     tp: TensorParallel = field(default_factory=TensorParallel)
+    chunk: int = 0  # logits of one chunk; 0: CHUNK
 
 
 ALL_ROWS = VocabRows()
@@ -95,8 +96,8 @@ def losses_and_gradients(
     label]) / q. weight / q is left out of the [rows, V] buffer: it scales the rows of h on either side of the matmuls.
     """
     wide, V = torch.float64 if h_ND.dtype == torch.float64 else torch.float32, len(head_VD)
-    size = max(1, CHUNK.get(h_ND.device.type, CHUNK["cuda"]) // max(V, rows.padded, 1))  # rows of a chunk
-    size = -(-len(h_ND) // max(1, -(-len(h_ND) // size)))  # all alike: a short last one multiplies slowly
+    size = max(1, (rows.chunk or CHUNK.get(h_ND.device.type, CHUNK["cuda"])) // max(V, rows.padded, 1))
+    size = -(-len(h_ND) // max(1, -(-len(h_ND) // size)))  # rows of a chunk, alike: a short last one is slow
     h_compute, head_compute = h_ND.to(compute), head_VD.to(compute)
     losses_N, buffer_NV = h_ND.new_empty(len(h_ND), dtype=wide), h_compute.new_empty(min(size, len(h_ND)), V)
     grad_h_ND, grad_head_VD = (torch.zeros_like(x) if weights_N is not None else x[:0] for x in (h_ND, head_VD))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config import load_config
+from megatron_lite.config import config_hash, load_config, to_dict
 from megatron_lite.testing import tiny_config, write_tiny_shards
 from regmix_search import calibration, machine
 from regmix_search.calibration import calibrate, packings, read_proxy, search_settings, variants
@@ -25,7 +25,7 @@ from regmix_search.stages import settings
 PROXY = load_config(
     SearchConfig, None, ["proxy.data.seq_length=512", "proxy.batch={global_batch_size: 32, micro_batch_size: 32}"]
 ).proxy
-ALL = ("precision", "micro_batch_size", "compile")
+ALL = ("precision", "micro_batch_size", "loss_chunk", "compile")
 
 
 class Scripted:
@@ -70,7 +70,7 @@ def test_every_core_is_used_and_what_the_user_fixed_stays():
 def test_only_what_the_user_allows_is_tried():
     assert {key for key, _ in variants(PROXY, ALL, cuda=False)} == set(ALL)
     assert not list(variants(PROXY, (), cuda=False))
-    written = dataclasses.replace(PROXY, precision="fp32", compile=True)
+    written = dataclasses.replace(PROXY, precision="fp32", compile=True, loss_chunk=1 << 20)
     assert {key for key, _ in variants(written, ALL, cuda=False)} == {"micro_batch_size"}
     sizes = [change["micro_batch_size"] for key, change in variants(PROXY, ALL, False) if key == "micro_batch_size"]
     assert sizes == [4, 16] and all(PROXY.batch.global_batch_size % size == 0 for size in sizes)
@@ -218,6 +218,36 @@ def test_a_crew_times_two_real_proxies_at_once_and_says_what_fails(tmp_path):
         with pytest.raises(RuntimeError, match=r"ValueError: batch\.micro_batch_size=3"):
             crew.time(Setting(1, 1, "fp32", False, 3))
         assert crew.time(Setting(1, 1, "bf16", False, 8)).tokens_per_s > 100
+
+
+def test_the_losss_chunk_is_chosen_kept_and_known_to_the_ledger(tmp_path, monkeypatch):
+    rate = lambda s: s.workers * (1.2 if s.loss_chunk == 1 << 26 else 1.0)  # noqa: E731
+    search, _ = make_search(tmp_path, monkeypatch, rate=rate)
+    found = calibrate(search, 2048)
+    assert found.setting.loss_chunk == 1 << 26 and "loss in chunks of 67,108,864 logits" in found.summary
+    assert found.setting.apply(search.config.proxy).loss_chunk == read_proxy(search).loss_chunk == 1 << 26
+    assert settings(search.config, read_proxy(search))["settings"]["proxy"]["loss_chunk"] == 1 << 26
+
+
+def test_a_chunk_that_is_written_stays(tmp_path, monkeypatch):
+    written = ("proxy.loss_chunk=4096", "proxies.threads=1")
+    search, crew = make_search(tmp_path, monkeypatch, *written)
+    assert calibrate(search, 2048).setting.loss_chunk == read_proxy(search).loss_chunk == 4096
+    assert {setting.loss_chunk for setting in crew.asked} == {4096}
+    on_a_cluster = calibrate(make_search(tmp_path, monkeypatch, *written, "proxies.executor=slurm")[0], 2048)
+    assert on_a_cluster.setting.apply(search.config.proxy).loss_chunk == 4096
+
+
+def test_what_was_settled_before_the_chunk_was_calibrated_still_holds(tmp_path, monkeypatch):
+    search, _ = make_search(tmp_path, monkeypatch)
+    asked = {key: value for key, value in to_dict(search.config.proxy).items() if key in calibration.TIMED}
+    before = {**asked, "seq_length": 2048, "calibrate": ["precision", "micro_batch_size", "compile"]}
+    keys = {"precision": "bf16", "compile": False, "micro_batch_size": 4}
+    record = {"inputs": config_hash(before), "proxy": keys, "machines": {}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/calibration.json").write_text(json.dumps(record))
+    assert (read_proxy(search).precision, read_proxy(search).batch.micro_batch_size) == ("bf16", 4)
+    assert calibrate(search, 2048).setting.loss_chunk == 0, "losses of trials that are there depend on it"
 
 
 @pytest.mark.parametrize(
