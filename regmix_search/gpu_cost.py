@@ -151,8 +151,8 @@ def _cells(config: Config, plan: Plan, gpu: Gpu, rate: float, seconds: float, sh
 
 
 def _columns(row: tuple[str, ...]) -> str:
-    widths = (8, 12, 7, 10, 10, 22, 20)
-    return "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    widths = (7, 11, 6, 9, 10, 20, 20)
+    return " ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _check(config: Config, plan: Plan, sets: int) -> list[str]:

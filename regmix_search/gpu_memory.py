@@ -40,7 +40,7 @@ class Memory:
     def __str__(self) -> str:
         """The parts in GiB."""
         parts = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return f"{self.total / GIB:.1f} GiB = " + ", ".join(f"{name} {size / GIB:.2g}" for name, size in parts)
+        return f"{self.total / GIB:.1f} GiB = " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts)
 
 
 def memory(config: Config, plan: Plan, device: str = "cuda") -> Memory:

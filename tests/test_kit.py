@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,13 @@ def test_doremis_pipeline_ends_with_a_model_on_the_weights_that_its_proxy_found(
     times = [(out / run / "result.json").stat().st_mtime_ns for run in ("reference", "proxy", "main")]
     assert script("doremi_120M.sh", "--set", *small, **places).returncode == 0
     assert times == [(out / run / "result.json").stat().st_mtime_ns for run in ("reference", "proxy", "main")]
+
+
+def test_every_file_and_setting_that_the_page_names_is_there():
+    text = (ROOT / "docs/regmix_1b.md").read_text()
+    named = set(re.findall(r"\b(?:configs|launch|tests|data_tools|docs)/[\w/]+\.\w+", text))
+    assert len(named) > 8 and all((ROOT / name).is_file() for name in named), named
+    for name in ("regmix_1b.sh", "doremi_120M.sh"):
+        assert os.access(ROOT / "launch" / name, os.X_OK)
+        for variable in ("shards", "out", "launch"):
+            assert f"{variable}=${{{variable}:-" in (ROOT / "launch" / name).read_text()
