@@ -298,7 +298,7 @@ MUTANTS = [
     Mutant(
         "an export swaps keys and values",
         "hf.py",
-        {'(("q", q), ("k", kv), ("v", kv))': '(("q", q), ("v", kv), ("k", kv))'},
+        {'{"q": q}.get(n, kv)) for n in "qkv"]': '{"q": q}.get(n, kv)) for n in "qvk"]'},
         f"{EXPORT}[mha]",
     ),
     # resume and evaluation
