@@ -96,7 +96,10 @@ def _step(config: Config, plan: Plan, cuda: bool) -> tuple[int, int]:
     copies = 2 * s.body_matmul_params // tp if bf16 else 0  # the blocks' weights in bf16
     head = 4 * padded_vocab_size(s.vocab_size, tp) // tp * D
     h = (4 if tp == 1 else e) * D * N
-    at_loss = 4 * N + norm + h + head, copies + _loss_work(plan, N, cuda)  # kept: the gradients of h and head
+    at_loss = (
+        4 * N + norm + h + head,
+        copies + _loss_work(plan, N, cuda, config.loss_chunk),
+    )  # kept: the gradients of h and head
     if mode == "none":
         backward = norm, copies + 12 * D * N  # the final norm's
     else:  # a block is computed again, less what was kept of it; 2 e F or 6 D: its first gradients
@@ -130,11 +133,11 @@ def _block(plan: Plan, e: int, cuda: bool) -> int:
     return 2 * _norm(D, plan.tp_size if plan.sequence_parallel else 1, cuda) + attention + mlp
 
 
-def _loss_work(plan: Plan, N: int, cuda: bool) -> int:
+def _loss_work(plan: Plan, N: int, cuda: bool, chunk: int) -> int:
     """Final hidden states, the head in the type of the matmuls, one chunk of logits with what is made of it."""
     s, V = plan.shape, padded_vocab_size(plan.shape.vocab_size, plan.tp_size) // plan.tp_size
     e, D = (2 if plan.precision == "bf16" else 4), s.hidden_size
-    chunks = -(-N // max(1, loss.CHUNK["cuda" if cuda else "cpu"] // V))
+    chunks = -(-N // max(1, (chunk or loss.CHUNK["cuda" if cuda else "cpu"]) // V))
     rows = -(-N // chunks)
     wide = rows if cuda else min(2 * max(1, loss.BLOCK * torch.get_num_threads() // V), rows)  # of fp32 beside bf16
     cast = (2 * D * N + 2 * D * V, 4 * V * wide) if e == 2 else (0, 0)

@@ -55,6 +55,7 @@ def measured(config: Config, plan: Plan | None = None, tp: TensorParallel | None
     """Peak bytes of a step's second micro-batch beyond weights, gradients and moments."""
     plan = plan or resolve(config)
     model = GPT(plan.shape, tp=tp, recompute=config.activation_checkpointing)
+    model.loss_chunk = config.loss_chunk
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     shape = (config.batch.micro_batch_size, config.data.seq_length)
@@ -100,6 +101,15 @@ def test_weights_in_bf16_are_counted(recompute):
     model = "{num_layers: 4, hidden_size: 128, num_heads: 4, ffn_hidden_size: 512}"
     config = settings("bf16", recompute, model, 96)
     check(replace(config, batch=BatchConfig(1, 1)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_smaller_chunk_of_the_loss_holds_less(precision):
+    """A quarter of 2,048 x 3,000 logits at once."""
+    whole = settings(precision, "none", WIDE, 3000)
+    quarter = replace(whole, loss_chunk=2048 * 3000 // 4)
+    check(quarter)
+    assert memory(quarter, resolve(quarter)).work < memory(whole, resolve(whole)).work / 2
 
 
 def shared(config: Config) -> float:
