@@ -16,5 +16,6 @@ read -r address is_head <<<"$where"
 # A rank that dies ends all ranks; they start again from the newest complete checkpoint, --max-restarts times. When `head`
 # itself is lost, start this again. SIGTERM to this script: all ranks finish their step, save and end.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # seconds to save in: after torchrun's own 30 it kills, and large models take longer
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else ranks that start again may read where the dead ones were to be found
 exec torchrun --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts=3 --local-addr="$address" --rdzv-id=pretrain \
     --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-conf="is_host=$is_head" launch/pretrain.py "${run[@]}" "$@"
