@@ -20,7 +20,7 @@ from megatron_lite.schema import nearest
 # the loader's state.
 FREE = {
     *("name", "out_dir", "mixture", "phases", "engine", "compile", "attention", "threads", "eval", "checkpoint", "log"),
-    *("parallel", "activation_checkpointing"),
+    *("parallel", "activation_checkpointing", "loss_chunk"),
 }
 IN_LOADER = {"data_dir", "split", "mid_level_dataset_surplus"}  # of `data`: the loader's state has what they lead to
 NEVER = {  # what a resumed run may not change, and what to do instead

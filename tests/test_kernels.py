@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 import megatron_lite.tensor_parallel.loss as loss_module
-from megatron_lite.config import OptimConfig
+from megatron_lite.config import OptimConfig, to_dict
 from megatron_lite.engine import build_engine
 from megatron_lite.mesh import Mesh
 from megatron_lite.optim import adamw_name, apex_adamw, build_optimizer, moments, param_groups, set_moments
 from megatron_lite.plan import Plan
+from megatron_lite.resume import identity
 from megatron_lite.tensor_parallel.loss import VocabRows, token_losses, weighted_loss
 from megatron_lite.testing import tiny_config
 
@@ -111,6 +112,7 @@ def test_a_run_holds_as_many_logits_as_its_loss_chunk_says(monkeypatch, tmp_path
     losses = [model(tokens, tokens, torch.ones(4, 16))[1] for model in (cut, whole)]
     assert sizes[:-1] == [640] * 6 + [256] and sizes[-1] == 64 * 64
     torch.testing.assert_close(*losses)
+    assert identity({**to_dict(config), "loss_chunk": 0}) == identity(to_dict(config)), "a run may go on with another"
     with pytest.raises(ValueError, match="loss_chunk=-1"):
         Plan.resolve(dataclasses.replace(config, loss_chunk=-1), 1, 64, False, False)
 
