@@ -37,9 +37,12 @@ def describe(search: Search) -> str:
     return "\n".join([*lines, _disk_line(search, vocabulary(search, inventory))])
 
 
-def resolve(config: Config, vocab_size: int) -> Plan:
-    """The plan of one single-process run on CPU."""
-    return Plan.resolve(config, 1, vocab_size, False, False)
+def resolve(config: Config, vocab_size: int, block: str = "proxy") -> Plan:
+    """The plan of one single-process run on CPU; an error says of which ``block`` of the search's config it is."""
+    try:
+        return Plan.resolve(config, 1, vocab_size, False, False)
+    except ValueError as error:
+        raise ValueError(f"in {block}: {error}") from None
 
 
 def run_seconds(config: Config, plan: Plan, inventory: Inventory | None, scored: list[str], rate: float) -> float:
@@ -103,6 +106,7 @@ def proxy_lines(search: Search, inventory: Inventory | None, save: bool = True) 
     """The proxies' plan: how many, how they are run here, what they cost, when they will be done."""
     config, mixtures = search.config, search.config.mixtures
     vocab_size, number = vocabulary(search, inventory), mixtures.num_proxies
+    resolve(config.proxy, vocab_size)  # says what is wrong with it as it is written, before anything is measured
     how = calibrate(search, vocab_size, save)
     proxy = how.setting.apply(config.proxy)
     plan = resolve(proxy, vocab_size)
@@ -171,7 +175,7 @@ def _way_out(config: Config, plan: Plan, inventory: Inventory, scored: list[str]
 
 def _main_lines(search: Search, inventory: Inventory | None) -> list[str]:
     config, vocab_size = search.config, vocabulary(search, inventory)
-    plan, proxy = resolve(config.train.main, vocab_size), resolve(config.proxy, vocab_size)
+    plan, proxy = resolve(config.train.main, vocab_size, "train.main"), resolve(config.proxy, vocab_size)
     lines = model_lines(search, inventory, config.train.mixtures)
     size = f"{plan.non_embedding_params / proxy.non_embedding_params:.1f} times a proxy's size"
     return [f"{lines[0]}, {size}", *lines[1:]]
@@ -180,7 +184,7 @@ def _main_lines(search: Search, inventory: Inventory | None) -> list[str]:
 def model_lines(search: Search, inventory: Inventory | None, names: Sequence[str], done: int = 0) -> list[str]:
     """The plan of train.main on these mixtures, train.seeds times: how many, what one is, what all cost."""
     config, vocab_size, threads = search.config.train, vocabulary(search, inventory), main_threads(search)
-    plan, number = resolve(config.main, vocab_size), len(names) * config.seeds
+    plan, number = resolve(config.main, vocab_size, "train.main"), len(names) * config.seeds
     rate, source = _measure(config.main, plan, threads)
     each = run_seconds(config.main, plan, inventory, list(inventory.valid) if inventory else [], rate)
     packing = (search.workers(config.workers, threads), threads)

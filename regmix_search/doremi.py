@@ -120,7 +120,7 @@ def describe(search: Search) -> str:
     lines[-1] += f" reference and a proxy, {each:.3g} FLOPs a round; both are"
     lines.append(plan.table())
     if config.train.enabled:
-        main, number = resolve(config.train.main, size), len(config.train.mixtures) * config.train.seeds
+        main, number = resolve(config.train.main, size, "train.main"), len(config.train.mixtures) * config.train.seeds
         lines += [f"models: {number} = {', '.join(config.train.mixtures)} x {config.train.seeds} seeds", main.table()]
     return "\n".join(lines)
 

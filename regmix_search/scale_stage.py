@@ -127,7 +127,7 @@ def _target(search: Search, sizes: Sequence[Scale], own: bool) -> Size:
         return Size(sizes[-1].size.params, float(config.run_tokens))
     from regmix_search.budget import resolve, vocabulary
 
-    plan = resolve(config.train.main, vocabulary(search, search.inventory))
+    plan = resolve(config.train.main, vocabulary(search, search.inventory), "train.main")
     return Size(float(plan.non_embedding_params), float(config.run_tokens))
 
 

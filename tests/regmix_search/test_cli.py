@@ -25,6 +25,13 @@ def test_dry_run_says_what_it_will_cost_and_touches_nothing(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("block", ["proxy", "train.main"])
+def test_a_plan_that_cannot_be_says_of_which_model_it_is(tmp_path, capsys, block):
+    wrong = ["--set", f"{block}.schedule.warmup_steps=100000"]
+    assert cli.main([*SMOKE, "--out", str(tmp_path / "none"), "--dry-run", *wrong]) == 2
+    assert f"error: in {block}: schedule.warmup_steps" in capsys.readouterr().err
+
+
 def test_the_demo_trains_a_model_four_times_its_proxy(capsys):
     assert cli.main(["--config", str(DEMO), "--dry-run"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("models:"))
