@@ -73,8 +73,13 @@ def check_same(out: Path, undisturbed: Path) -> None:
 def test_a_worker_is_killed_and_two_nodes_go_on_from_the_checkpoint_with_the_same_losses(files, undisturbed, tmp_path):
     with two_nodes() as nodes, agents(nodes, "2", files, tmp_path) as both:
         wait_for_checkpoint(tmp_path, *both)
-        (victim,) = workers(both[1])
+        (hung,), (victim,) = map(workers, both)
+        os.kill(
+            hung, signal.SIGSTOP
+        )  # under NCCL the ranks of other nodes wait for a dead one, until their agent ends them
         os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: is_told_to_end(hung), tmp_path, *both)
+        os.kill(hung, signal.SIGKILL)  # as the agent does 30 s later
         assert [agent.wait(PATIENCE) for agent in both] == [0, 0], logs(tmp_path)
     assert re.search(r"resumed at step [1-9]\d*00", logs(tmp_path)), logs(tmp_path)
     check_same(tmp_path, undisturbed)
@@ -114,6 +119,12 @@ def test_a_slurm_job_that_is_told_its_time_is_up_saves_goes_back_into_the_queue_
     assert resumed, logs(tmp_path)
     assert int(resumed[1]) % EVERY, "it went on from a checkpoint of the calendar's, not from that of the signal"
     check_same(tmp_path, undisturbed)
+
+
+def is_told_to_end(pid: int) -> bool:
+    """Whether a stopped process has SIGTERM waiting for it."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def state(job: str, env: dict[str, str]) -> str:
