@@ -82,6 +82,8 @@ def test_a_worker_is_killed_and_two_nodes_go_on_from_the_checkpoint_with_the_sam
         os.kill(hung, signal.SIGKILL)  # as the agent does 30 s later
         assert [agent.wait(PATIENCE) for agent in both] == [0, 0], logs(tmp_path)
     assert re.search(r"resumed at step [1-9]\d*00", logs(tmp_path)), logs(tmp_path)
+    stores = set(re.findall(r"master_port=(\d+)", logs(tmp_path)))
+    assert len(stores) == 2, "in a store of both starts a rank that is ahead finds the addresses of the dead"
     check_same(tmp_path, undisturbed)
 
 

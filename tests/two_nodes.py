@@ -119,6 +119,7 @@ def agents(nodes: list[Node], count: str, files: Path, out: Path) -> Iterator[li
             # seconds to wait for a lost node, 30 if nobody says; on loopback both nodes would think that they are head
             is_head = "$is_head" if node.prefix or number == 0 else "0"
             script.write_text(script.read_text().replace("is_host=$is_head", f"is_host={is_head},last_call_timeout=3"))
+            node.env["LOGLEVEL"] = "INFO"  # torchrun's
             started.append(node.start(["bash", str(script)], out / f"node{number}.log"))
         yield started
     finally:
