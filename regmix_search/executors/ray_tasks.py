@@ -10,6 +10,8 @@ from typing import Any
 from regmix_search.executors import Outcome, TrialFunction, attempt, limit_threads
 from regmix_search.ledger import Trial
 
+CLOSING = 30.0  # seconds in which tasks that are cancelled must have ended
+
 
 class RayTasks:
     """Runs trials on a Ray cluster, or on a Ray that is started on this machine for as long as this lives.
@@ -64,9 +66,15 @@ class RayTasks:
         return [self._collect(reference) for reference in ended]
 
     def close(self) -> None:
-        """Kills every task, and Ray with them when it was started here."""
-        for reference in self.running:
-            self.ray.cancel(reference, force=True)
+        """Kills every task, and Ray with them when it was started here.
+
+        Ray loses a cancellation that reaches a worker just before its task begins, and then runs the task: ask again.
+        """
+        left, end = list(self.running), time.monotonic() + CLOSING
+        while left and time.monotonic() < end:
+            for reference in left:
+                self.ray.cancel(reference, force=True)
+            _, left = self.ray.wait(left, num_returns=len(left), timeout=1.0)
         self.running = {}
         if self.started_here:
             self.ray.shutdown()
