@@ -86,7 +86,10 @@ def slurm_cluster(folder: Path, nodes: int = 1, gpus: int = 2) -> Iterator[dict[
             log = (folder / f"{name}.out").open("ab")
             daemons.append(subprocess.Popen([_find(name) or name, *arguments], env=environment, stdout=log, stderr=log))
         _wait_until_idle(environment, folder)
-        yield environment
+        try:
+            yield environment
+        finally:
+            _end_jobs(environment)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -94,6 +97,17 @@ def slurm_cluster(folder: Path, nodes: int = 1, gpus: int = 2) -> Iterator[dict[
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
             daemon.kill()
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """A step that outlives its controller waits for it for ever."""
+    subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        squeue = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True)
+        if not squeue.stdout.strip():
+            return
+        time.sleep(0.2)
 
 
 def _make_gpus(folder: Path) -> None:
