@@ -32,8 +32,8 @@ from launch.harness import TASKS, lm_eval_version
 from launch.perplexity import domain_cells, domain_losses, domain_table, held_out_sets, loss_table
 from launch.scores import Cell, average, compare, comparison_table, score_table
 from launch.task_scores import Models, stored_scores
-from megatron_lite import checkpoint
 from megatron_lite.files import atomic_write, atomic_write_json, folder_lock
+from megatron_lite.weights import find_weights
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def read_models(arguments: Sequence[str]) -> Models:
         label = name if equals else default_name(paths[0])
         if label in models or not label:
             raise ValueError(f"{argument}: the name {label!r} is taken; write NAME=FOLDER[,FOLDER...]")
-        models[label] = [find_model(p) for p in paths]
+        models[label] = [find_weights(p) for p in paths]
         if len(set(models[label])) < len(paths):
             raise ValueError(f"{argument}: a model is named twice; it is no second seed")
     counts = {name: len(paths) for name, paths in models.items()}
@@ -108,16 +108,6 @@ def default_name(path: Path) -> str:
     """The folder's name, with its run's for a step_* folder."""
     path = path.resolve()
     return f"{path.parent.name}/{path.name}" if path.name.startswith("step_") else path.name
-
-
-def find_model(path: Path) -> Path:
-    """A Hugging Face folder or step_* folder as it is, a run's newest complete checkpoint."""
-    if (path / "config.json").is_file():
-        return path
-    found = checkpoint.find_checkpoint(path, str(path) if (path / "state.json").is_file() else "auto")
-    if found is None:
-        raise ValueError(f"{path}: no complete checkpoint here, no run folder with one, and no Hugging Face folder")
-    return found
 
 
 def measure_domains(models: Models, args: argparse.Namespace, found: dict[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     context = mp.get_context("spawn")
     answers, read = context.Queue(), context.Event()
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, answers, read), daemon=True)
         for rank in range(world_size)
@@ -116,7 +116,8 @@ def _rank_main(
     read.wait(60)  # tensors in a result live in this process's memory until they are read
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -29,18 +29,25 @@ class Weights:
 
 def read_weights(path: str | Path) -> Weights:
     """Weights of a step_* folder, of a run folder (its newest complete checkpoint) or of a Hugging Face folder."""
-    path = Path(path)
+    path = find_weights(Path(path))
     if (path / "config.json").is_file():
         tensors, config = import_hf(path)
         seq_length = read_json(path / "config.json").get("max_position_embeddings", 2048)  # LlamaConfig's default
         return Weights(tensors, resolve_shape(config, seq_length, None), {}, path)
+    state = checkpoint.load_state(path)
+    shape = parse(ModelShape, state["plan"]["shape"], str(path / "state.json"), "plan.shape.")
+    tensors = checkpoint.load_tensors(path, "model.safetensors", our_shapes(shape))
+    return Weights(tensors, shape, state.get("tokenizer") or {}, path)
+
+
+def find_weights(path: Path) -> Path:
+    """A Hugging Face folder or a verified step_* folder as it is; a run folder's newest checkpoint that verifies."""
+    if (path / "config.json").is_file():
+        return path
     found = checkpoint.find_checkpoint(path, str(path) if (path / "state.json").is_file() else "auto")
     if found is None:
         raise ValueError(f"{path}: no complete checkpoint here, no run folder with one, and no Hugging Face folder")
-    state = checkpoint.load_state(found)
-    shape = parse(ModelShape, state["plan"]["shape"], str(found / "state.json"), "plan.shape.")
-    tensors = checkpoint.load_tensors(found, "model.safetensors", our_shapes(shape))
-    return Weights(tensors, shape, state.get("tokenizer") or {}, found)
+    return found
 
 
 def initial_weights(path: str | Path, shape: ModelShape, key: str = "init_from") -> dict[str, Tensor]:

@@ -53,14 +53,15 @@ def run_seconds(config: Config, plan: Plan, inventory: Inventory | None, scored:
 def evaluation_share(config: Config, plan: Plan, inventory: Inventory | None, scored: list[str]) -> float:
     """FLOPs of one run's evaluations on the ``scored`` sets, as a share of its training's."""
     tokens = sum(_set_sizes(inventory, scored, config.eval.max_tokens))
-    return tokens * _evaluations(config, plan) * FORWARD_SHARE / plan.total_tokens
+    return tokens * evaluations(config, plan) * FORWARD_SHARE / plan.total_tokens
 
 
 def _set_sizes(inventory: Inventory | None, scored: list[str], most: int) -> list[int]:
     return [min(inventory.valid[name].tokens - 1, most) for name in scored] if inventory else []
 
 
-def _evaluations(config: Config, plan: Plan) -> int:
+def evaluations(config: Config, plan: Plan) -> int:
+    """How often one run is scored on its held-out sets."""
     every = config.eval.every
     return -(-plan.total_steps // every) if every else 1
 
@@ -162,7 +163,7 @@ def _validation_lines(config: Config, plan: Plan, inventory: Inventory | None, s
 
 def _way_out(config: Config, plan: Plan, inventory: Inventory, scored: list[str]) -> str:
     """The largest proxy.eval.max_tokens, in whole sequences, that keeps evaluation within its limit."""
-    affordable = EVALUATION_LIMIT * plan.total_tokens / FORWARD_SHARE / _evaluations(config, plan)
+    affordable = EVALUATION_LIMIT * plan.total_tokens / FORWARD_SHARE / evaluations(config, plan)
     length = config.data.seq_length
     low, high = 0, config.eval.max_tokens // length + 1
     while high - low > 1:
@@ -238,5 +239,5 @@ def run_bytes(config: Config, vocab_size: int) -> int:
     """About how much one run's folder holds: checkpoints that are kept, lines of metrics, the rest."""
     plan = resolve(config, vocab_size)
     kept = min(config.checkpoint.keep, plan.total_steps // config.checkpoint.every) if config.checkpoint.every else 0
-    lines = -(-plan.total_steps // config.log.every) + _evaluations(config, plan)
+    lines = -(-plan.total_steps // config.log.every) + evaluations(config, plan)
     return kept * CHECKPOINT_BYTES * plan.params + lines * LINE_BYTES + FOLDER_BYTES

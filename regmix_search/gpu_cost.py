@@ -12,7 +12,7 @@ from megatron_lite.config import Config, ModelConfig
 from megatron_lite.plan import PEAK_FLOPS, Plan, duration
 from megatron_lite.shape import resolve_shape
 from megatron_lite.speed import ASSUMED_MFU
-from regmix_search.budget import FORWARD_SHARE
+from regmix_search.budget import FORWARD_SHARE, evaluations
 from regmix_search.gpu_memory import GIB, largest_micro_batch, memory
 
 # What the loss moves through memory for a logit of a token, in bf16: written and read twice by matmuls (2 each), copied
@@ -119,9 +119,8 @@ def sweep_line(config: Config, plan: Plan, number: int, sets: int) -> str:
 
 def _work(config: Config, plan: Plan, sets: int) -> float:
     """All work over that of training: held-out sets, and the forward passes that DoReMi's proxy has more."""
-    every, doing = config.eval.every, config.reweighting
-    evaluations = -(-plan.total_steps // every) if every else 1
-    forwards = evaluations * sets * config.eval.max_tokens / plan.total_tokens
+    doing = config.reweighting
+    forwards = evaluations(config, plan) * sets * config.eval.max_tokens / plan.total_tokens
     if doing and doing.reference:
         forwards += 1 + (doing.update_order == "two_pass")
     return 1 + FORWARD_SHARE * forwards

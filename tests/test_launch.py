@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 from launch import pretrain
 from megatron_lite.config import dump
 from megatron_lite.files import read_jsonl
-from megatron_lite.testing import tiny_config, write_tiny_shards
+from megatron_lite.testing import free_port, tiny_config, write_tiny_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -30,12 +29,6 @@ def files(tmp_path_factory) -> Path:
     write_tiny_shards(folder / "shards").save(folder / "mixture.yaml")
     (folder / "c.yaml").write_text(dump(tiny_config(folder / "run", "log.console=true")))
     return folder
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(command: list[str], **kwargs) -> subprocess.CompletedProcess:
@@ -76,7 +69,7 @@ def check(done: subprocess.CompletedProcess, files: Path, name: str, reference: 
 
 
 def test_torchrun_two_ranks(files, reference):
-    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), SCRIPT]
     done = start([*command, *arguments(files, "torchrun")])
     check(done, files, "torchrun", reference)
     assert done.stdout.count("step 10/10 | loss") == 1, "rank 0 prints, the others do not"
@@ -85,7 +78,7 @@ def test_torchrun_two_ranks(files, reference):
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", ["false", "true"])
 def test_torchrun_two_by_two_ranks_share_layers_and_samples(files, reference, sequence_parallel):
-    command = [str(BIN / "torchrun"), "--nproc-per-node", "4", "--master-port", free_port(), SCRIPT]
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "4", "--master-port", str(free_port()), SCRIPT]
     settings = ["parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}"]
     name = f"tp2-{sequence_parallel}"
     extra = [word for setting in [*settings, "checkpoint.every=5"] for word in ("--set", setting)]
@@ -106,7 +99,7 @@ def test_torchrun_two_by_two_ranks_share_layers_and_samples(files, reference, se
 def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
     name = f"deepspeed-{stage}-{ranks}"
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", free_port(), SCRIPT]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), SCRIPT]
     zero = ["--set", f"parallel.zero_stage={stage}", "--set", "checkpoint.every=5"]
     done = start([*launcher, *arguments(files, name, *zero)])
     check(done, files, name, reference)
@@ -129,7 +122,7 @@ def test_deepspeed_trains_resumes_and_hands_over(files, reference, stage, ranks)
 @pytest.mark.slow
 def test_deepspeed_launcher_with_tensor_parallelism(files, reference):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "4", "--master_port", free_port(), SCRIPT]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "4", "--master_port", str(free_port()), SCRIPT]
     settings = ("parallel.zero_stage=1", "parallel.tensor_parallel_size=2")
     done = start([*launcher, *arguments(files, "deepspeed-tp2", *[w for s in settings for w in ("--set", s)])])
     check(done, files, "deepspeed-tp2", reference)
@@ -151,14 +144,14 @@ def test_an_error_of_one_rank_alone_ends_all(files, tmp_path, launcher):
         "torchrun": ["--nproc-per-node", "2", "--no-python", "--master-port"],
         "deepspeed": ["--num_accelerators", "2", "--no_python", "--master_port"],
     }
-    done = start([str(BIN / launcher), *flags[launcher], free_port(), str(script)])
+    done = start([str(BIN / launcher), *flags[launcher], str(free_port()), str(script)])
     assert done.returncode != 0 and "File too large" in done.stdout + done.stderr
     assert len(curve(files, name)) == 5 and not (files / name / "result.json").exists()
 
 
 @pytest.mark.slow
 def test_compile_with_tensor_parallelism(files, reference):
-    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), SCRIPT]
     settings = ("compile=true", "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
     done = start([*command, *arguments(files, "compile-tp2", *[w for s in settings for w in ("--set", s)])])
     check(done, files, "compile-tp2", reference)
@@ -179,7 +172,7 @@ def test_deepspeed_hostfile_with_two_nodes(files, reference, tmp_path):
     pytest.importorskip("deepspeed", reason="needs the deepspeed extra")
     (tmp_path / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     nodes = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--master_addr", "127.0.0.1"]
-    launcher = [str(BIN / "deepspeed"), *nodes, "--master_port", free_port()]
+    launcher = [str(BIN / "deepspeed"), *nodes, "--master_port", str(free_port())]
     command = [SCRIPT, *arguments(files, "hostfile")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     second = subprocess.Popen([*launcher, "--node_rank", "1", *command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
@@ -273,7 +266,7 @@ def test_a_domain_too_small_for_its_weight_is_refused_with_the_numbers(files, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_from_there(files, tmp_path, number):
-    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), SCRIPT]
     command += arguments(files, "signalled", "--set", "schedule.total_tokens=1e7", "--set", f"out_dir={tmp_path}")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
@@ -290,7 +283,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_from_there(files,
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_whole_run(files):
-    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT]
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), SCRIPT]
     command += arguments(files, "killed", "--set", "schedule.total_tokens=1e8")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:

@@ -21,7 +21,6 @@ from two_nodes import (
     curve,
     edited,
     environment,
-    free_port,
     kill_tree,
     logs,
     result,
@@ -35,7 +34,7 @@ from launch import pretrain
 from megatron_lite import checkpoint, train
 from megatron_lite.config import dump
 from megatron_lite.mesh import Mesh
-from megatron_lite.testing import run_distributed, tiny_config, write_tiny_shards
+from megatron_lite.testing import free_port, run_distributed, tiny_config, write_tiny_shards
 
 SCRIPTS = ("torchrun_pretrain.sh", "deepspeed_pretrain.sh", "slurm_pretrain.sbatch")
 

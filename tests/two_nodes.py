@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from megatron_lite import checkpoint
 from megatron_lite.files import read_jsonl
+from megatron_lite.testing import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 600, 100  # long enough to be killed in the middle, saved often enough to go on from there
@@ -60,12 +60,6 @@ def curve(out: Path) -> list[dict[str, float]]:
 
 def result(out: Path) -> dict[str, float]:
     return json.loads((out / "result.json").read_text())["losses"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass
