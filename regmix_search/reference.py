@@ -152,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the proxy's config; its reweighting.reference is a model")
     parser.add_argument("--mixture", help="mixture.yaml; the same as in the config")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="A.B=C", help="override keys; repeatable"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     args = parser.parse_args(argv)
     try:

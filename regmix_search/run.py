@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     stages = ("all", *ORDER, "doremi", "compare", "status")
     parser.add_argument("--stage", choices=stages, default="all", help="one of them (default: all); status only looks")
     parser.add_argument("--join", action="store_true", help="train proxies of a search that runs here or elsewhere")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one key; repeatable")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="A.B=C", help="override keys; repeatable"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, tokens, FLOPs and time, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML, and stop")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the messages go to stderr")

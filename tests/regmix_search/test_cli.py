@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from regmix_search import run as cli
 from regmix_search.config import load_search
@@ -23,6 +24,12 @@ def test_dry_run_says_what_it_will_cost_and_touches_nothing(tmp_path, capsys):
     assert "proxies: 17 = 12 to fit + 3 held back + 2 x the prior" in text and "models: 4 = optimal, prior" in text
     assert "87,040 tokens" in text and "FLOPs" in text and "GB free" in text
     assert not (tmp_path / "none").exists()
+
+
+def test_one_set_takes_several_keys_as_pretraining_does(capsys):
+    assert cli.main([*SMOKE, "--set", "seed=7", "train.seeds=5", "--set", "mixtures.count=9", "--print-config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["seed"], config["train"]["seeds"], config["mixtures"]["count"]) == (7, 5, 9)
 
 
 @pytest.mark.parametrize("block", ["proxy", "train.main"])
